@@ -1,0 +1,47 @@
+"""CIFAR-10, round 1: the network of PyTorch's official tutorial, then with random horizontal flips.
+
+python cifar10_r1.py
+python cifar10_r1.py --flip
+python cifar10_r1.py --data synthetic      # no CIFAR-10 at hand? the built-in images
+python cifar10_r1.py --flip --resume       # go on after an interruption
+python cifar10_r1.py --flip --evaluate     # only test
+"""
+
+import torch
+from torch import nn
+
+import utils
+from models import TutorialCNN
+
+EPOCHS = 26
+BATCH_SIZE = 64  # the tutorial's 4 costs three times the time an epoch, and its accuracy is noisier
+LR = 0.008  # constant; the tutorial's 0.001 is for its small batch
+MOMENTUM = 0.9  # the tutorial's; Nesterov's form of it oscillates less at a constant rate, worth 1.5 %
+WEIGHT_DECAY = 1e-3  # the tutorial has none; worth 0.5 %
+MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
+
+
+def main():
+    parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR, precision="fp32")
+    parser.add_argument("--flip", action="store_true", help="flip every second training image, at random")
+    args = parser.parse_args()
+
+    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=args.flip)
+    torch.manual_seed(args.seed)
+    model = utils.to_device(TutorialCNN(num_classes=len(train_loader.classes)), args.device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+
+    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)
+    for epoch in range(checkpoints.start(), args.epochs + 1):
+        train_metrics = utils.train(model, train_loader, criterion, optimizer, scaler, epoch)
+        test_metrics = utils.test(model, test_loader, criterion, epoch)
+        checkpoints.save(epoch, train_metrics, test_metrics)
+    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,46 @@
+"""CIFAR-10, round 2: torchvision's resnet18 as it comes, with the flips of round 1, then with random crops.
+
+python cifar10_r2.py
+python cifar10_r2.py --crop
+python cifar10_r2.py --crop --resume       # go on after an interruption
+python cifar10_r2.py --crop --evaluate     # only test
+"""
+
+import torch
+from torch import nn
+
+import utils
+from models import ResNet18
+
+EPOCHS = 30
+BATCH_SIZE = 128  # the usual one for a ResNet on CIFAR-10
+LR = 0.02  # constant
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4  # the usual one for a ResNet on CIFAR-10
+MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
+
+
+def main():
+    parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
+    parser.add_argument("--crop", action="store_true", help="shift each training image by up to 4 pixels, at random")
+    args = parser.parse_args()
+
+    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=args.crop)
+    torch.manual_seed(args.seed)
+    model = utils.to_device(ResNet18(num_classes=len(train_loader.classes)), args.device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+
+    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)
+    for epoch in range(checkpoints.start(), args.epochs + 1):
+        train_metrics = utils.train(model, train_loader, criterion, optimizer, scaler, epoch)
+        test_metrics = utils.test(model, test_loader, criterion, epoch)
+        checkpoints.save(epoch, train_metrics, test_metrics)
+    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+
+
+if __name__ == "__main__":
+    utils.run(main)

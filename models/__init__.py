@@ -1,0 +1,6 @@
+"""The networks, one file each. `model.arguments` is what its class was called with: a file of weights says it."""
+
+from models.resnet import ResNet18
+from models.tutorial_cnn import TutorialCNN
+
+__all__ = ["ResNet18", "TutorialCNN"]

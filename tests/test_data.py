@@ -1,0 +1,276 @@
+"""What `--data` takes, and what the loader makes of it."""
+
+import hashlib
+import itertools
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+import utils
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+# ------------------------------------------------------------------------------------------- class folders
+
+
+def test_class_folders(folders):
+    data = utils.load_data(folders)
+    assert data.classes == ["cat", "dog", "frog"] and data.source == "class folders"
+    assert data.train_images.shape == (90, 3, 32, 32) and data.train_images.dtype == torch.uint8
+    assert data.train_labels.tolist() == [0] * 30 + [1] * 30 + [2] * 30
+    assert data.test_images.shape == (30, 3, 32, 32) and data.test_labels.dtype == torch.int64
+    pixels = np.asarray(Image.open(folders / "test/dog/0003.png"))
+    assert (data.test_images[13].permute(1, 2, 0).numpy() == pixels).all()
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".webp", ".tiff", ".ppm", ".PNG", ".gif"])
+def test_any_format_of_pillow(tmp_path, suffix):
+    assert len(utils.load_data(write_images(tmp_path, suffix=suffix)).train_labels) == 90
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])
+def test_other_modes_become_rgb(folders, mode):
+    image = Image.open(folders / "train/cat/0000.png").convert(mode)
+    suffix = ".tiff" if mode == "CMYK" else ".png"
+    (folders / "train/cat/0000.png").unlink()
+    image.save(folders / f"train/cat/0000{suffix}")
+    first = utils.load_data(folders).train_images[0]
+    assert (first.permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
+
+
+def test_other_files_are_left_alone(folders):
+    for name in ("notes.txt", "train/labels.csv", "train/cat/notes.txt", "train/cat/.0001.png"):
+        (folders / name).write_text("no image")
+    assert len(utils.load_data(folders).train_labels) == 90
+
+
+def test_class_names_of_any_kind(tmp_path, script):
+    write_images(tmp_path / "my pictures", classes=("été", "two words"))
+    assert "Accuracy of two words: " in script("cifar10_r1.py", "--data", "my pictures", "--epochs", 1).stdout
+
+
+def text_file(path):
+    path.write_text("not an image")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def too_large(path):
+    Image.new("RGB", (64, 32)).save(path)
+
+
+def huge(path):
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def sixteen_bits(path):
+    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("damage", [text_file, truncated, too_large, huge, sixteen_bits])
+def test_a_bad_image_is_named(folders, refused, damage):
+    damage(folders / "test/dog/0007.png")
+    assert str(folders / "test/dog/0007.png") in refused("cifar10_r1.py", "--data", folders)
+
+
+def test_a_bad_name_stays_on_one_line(folders, refused):
+    (folders / "train/cat/new\nline.png").write_text("not an image")
+    assert r"new\nline.png" in refused("cifar10_r1.py", "--data", folders)
+
+
+def test_bad_folders_are_named(tmp_path, refused):
+    def line():
+        return refused("cifar10_r1.py", "--data", "x")
+
+    assert "--data x: no cifar-10-python.tar.gz" in line()  # no such folder
+    (tmp_path / "x").mkdir()
+    assert "--data x: no cifar-10-python.tar.gz" in line()  # nothing in it
+    write_images(tmp_path / "x", classes=("cat",))
+    assert "x/train holds 1 class" in line()
+    (tmp_path / "x/train/dog").mkdir()
+    assert "x/train/dog holds no image" in line()
+    Image.new("RGB", (32, 32)).save(tmp_path / "x/train/dog/0000.png")
+    assert "x/train/dog has no counterpart in x/test" in line()
+    (tmp_path / "x/test").rename(tmp_path / "x/elsewhere")
+    assert "x/test is missing" in line()
+
+
+# --------------------------------------------------------------------------------------------- the original
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A small archive in the original's format; returns its folder and the hashes that fit it."""
+    rng, members, images = np.random.default_rng(0), {}, {}
+    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
+        images[name] = rng.integers(0, 256, (20, 3072), np.uint8)
+        members[name] = pickle.dumps({"data": images[name], "labels": [i % 10 for i in range(20)]})
+    members["batches.meta"] = pickle.dumps({"label_names": CIFAR10_CLASSES})
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in members.items():
+            path = tmp_path / CIFAR10.base_folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            tar.add(path, f"{CIFAR10.base_folder}/{name}")
+            path.unlink()
+    path.parent.rmdir()
+
+    class Small(CIFAR10):
+        train_list = [[name, hashlib.md5(members[name]).hexdigest()] for name, _ in CIFAR10.train_list]  # noqa: RUF012
+        test_list = [[name, hashlib.md5(members[name]).hexdigest()] for name, _ in CIFAR10.test_list]  # noqa: RUF012
+        meta = CIFAR10.meta | {"md5": hashlib.md5(members["batches.meta"]).hexdigest()}
+
+    return tmp_path, {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), "dataset": Small}, images
+
+
+def test_the_original(original):
+    root, hashes, images = original
+    data = utils.read_original(root, **hashes)
+    assert data.classes == CIFAR10_CLASSES
+    assert len(data.train_labels) == 100 and len(data.test_labels) == 20
+    assert data.train_labels[:20].tolist() == [i % 10 for i in range(20)]
+    assert (data.train_images[25].flatten().numpy() == images["data_batch_2"][5]).all()
+    assert (data.test_images[7].flatten().numpy() == images["test_batch"][7]).all()
+    (root / CIFAR10.filename).unlink()  # its folder alone does
+    again = utils.read_original(root, **hashes)
+    assert again.fingerprint() == data.fingerprint()
+    assert sorted(path.name for path in root.iterdir()) == [CIFAR10.base_folder]
+
+
+def test_an_archive_with_another_hash_is_not_unpacked(original, refused):
+    root, _, _ = original
+    assert "SHA-256" in refused("cifar10_r1.py", "--data", root)
+    assert [path.name for path in root.iterdir()] == [CIFAR10.filename]
+
+
+def test_a_damaged_member_is_named_and_not_unpickled(original):
+    root, hashes, _ = original
+    utils.read_original(root, **hashes)
+
+    class Trap:
+        def __reduce__(self):
+            return (root / "sprung").write_text, ("",)
+
+    member = root / CIFAR10.base_folder / "data_batch_3"
+    member.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(utils.UserError, match="data_batch_3 is missing or damaged"):
+        utils.read_original(root, **hashes)
+    assert not (root / "sprung").exists()
+
+
+# ------------------------------------------------------------------------------------------------ synthetic
+
+
+def test_synthetic_is_the_same_for_everyone():
+    data = utils.load_data("synthetic")
+    assert data.train_labels.bincount().tolist() == [1000] * 10
+    assert data.test_labels.bincount().tolist() == [200] * 10
+    assert data.fingerprint() == "e83bed3979cfbb03f0d663270a365b92296556534ed6f573109ee3a167690706"
+
+
+# ------------------------------------------------------------------------------------------------ the loader
+
+
+def make_loader(n=64, batch_size=8, **kwargs):
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kwargs = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "device": torch.device("cpu")} | kwargs  # pixels as they are
+    return utils.Loader(images, torch.arange(n), batch_size, **kwargs)
+
+
+def test_flip_and_crop_have_torchvisions_distribution():
+    """Every output of an image is one of 81 windows times 2, and as frequent as it should be."""
+    n = 162 * 200
+    loader = make_loader(1, flip=True, crop=True)
+    image = loader.images[0]
+    loader.images, loader.labels, loader.batch_sizes = (
+        image.expand(n, -1, -1, -1),
+        torch.zeros(n, dtype=torch.int64),
+        [n // 10] * 10,
+    )
+    padded = v2.functional.pad(image, [4, 4, 4, 4])
+    windows = [padded[:, y : y + 32, x : x + 32] for y, x in itertools.product(range(9), range(9))]
+    index = {output.numpy().tobytes(): i for i, output in enumerate([*windows, *(w.flip(-1) for w in windows)])}
+    assert len(index) == 162
+
+    torchvisions = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    torch.manual_seed(0)
+    for outputs in (
+        (torchvisions(image) for _ in range(n)),
+        itertools.chain.from_iterable(batch for batch, _ in loader),
+    ):
+        count = torch.zeros(162)
+        for output in outputs:
+            count[index[output.round().to(torch.uint8).numpy().tobytes()]] += 1
+        chi_squared = ((count - n / 162) ** 2 / (n / 162)).sum()
+        assert 161 - 4 * 18 < chi_squared < 161 + 4 * 18  # 161 degrees of freedom: 161 +- sqrt(2 * 161) = 18
+
+
+def test_each_image_of_a_batch_has_draws_of_its_own():
+    loader = make_loader(256, batch_size=256, flip=True, crop=True)
+    loader.images[:] = loader.images[0].clone()
+    images, _ = next(iter(loader))
+    assert len({image.numpy().tobytes() for image in images}) > 100  # of 162
+
+
+@pytest.mark.parametrize("flip, crop", [(True, False), (False, True), (False, False)])
+def test_flip_and_crop_alone(flip, crop):
+    loader = make_loader(flip=flip, crop=crop)
+    for images, labels in loader:
+        for image, label in zip(images, labels, strict=True):
+            kept = torch.equal(image.round().to(torch.uint8), loader.images[label])
+            mirrored = torch.equal(image.flip(-1).round().to(torch.uint8), loader.images[label])
+            assert kept or (flip and mirrored) or crop
+
+
+def test_normalisation_is_torchvisions():
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    loader = make_loader(mean=mean, std=std)
+    theirs = v2.functional.normalize(v2.functional.to_dtype(loader.images, torch.float32, scale=True), mean, std)
+    ours = torch.cat([images for images, _ in loader])
+    assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=1e-5)
+    half = next(iter(make_loader(mean=mean, std=std, dtype=torch.bfloat16)))[0]
+    assert torch.equal(half, ours[:8].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "n, batch_size, sizes",
+    [(50_000, 128, {127, 128}), (10, 3, {2, 3}), (7, 2, {2, 3}), (3, 2, {3}), (5, 100, {5}), (4, 1, {1})],
+)
+def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
+    loader = make_loader(n, batch_size, shuffle=True)
+    labels = [labels for _, labels in loader]
+    assert {len(batch) for batch in labels} == sizes
+    assert torch.cat(labels).sort().values.equal(torch.arange(n))
+    assert len(loader) == len(labels)
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone():
+    def epoch(seed, number):
+        loader = make_loader(shuffle=True, flip=True, crop=True, seed=seed)
+        loader.set_epoch(number)
+        return torch.cat([images for images, _ in loader])
+
+    assert torch.equal(epoch(1, 5), epoch(1, 5))
+    assert not torch.equal(epoch(1, 5), epoch(1, 6)) and not torch.equal(epoch(1, 5), epoch(2, 5))
+
+
+# ---------------------------------------------------------------------------------------------- real images
+
+
+def test_cifar10_itself(cifar10):
+    data = utils.load_data(cifar10)
+    assert data.classes == CIFAR10_CLASSES
+    assert data.train_labels.bincount().tolist() == [5000] * 10 and data.test_labels.bincount().tolist() == [1000] * 10
+    mean = data.train_images.double().mean((0, 2, 3)) / 255
+    assert torch.allclose(mean, torch.tensor([0.49139968, 0.48215841, 0.44653091], dtype=torch.double), atol=1e-8)

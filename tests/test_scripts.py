@@ -1,0 +1,228 @@
+"""The training scripts, run as a user runs them."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from conftest import write_images
+
+import utils
+
+R1, R2 = "cifar10_r1.py", "cifar10_r2.py"
+EPOCH = re.compile(
+    r"epoch:(\d+)/\d+ train loss:\d+\.\d{3}, accuracy:\d+\.\d{3}, test loss:\d+\.\d{3}, accuracy:(\S+), saved.*"
+)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def log(folder):
+    """The rows of log.csv without their seconds."""
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def test_synthetic_in_a_minute(script, tmp_path):
+    """The README's first command, with fewer epochs: it learns, says what it trained on, and ends with the table."""
+    out = script(R1, "--data", "synthetic", "--epochs", 8).stdout.splitlines()
+    assert out[0] == "data: 10000 training and 2000 test images of 10 classes (synthetic)"
+    assert [EPOCH.fullmatch(line)[1] for line in out[1:9]] == [str(epoch) for epoch in range(1, 9)]
+    accuracy = float(re.fullmatch(r"Accuracy of the network on the synthetic test images: (\S+) %", out[9])[1])
+    assert accuracy > 80
+    table = [re.fullmatch(r"Accuracy of (\w+): (\S+) %", line).groups() for line in out[10:20]]
+    assert [name for name, _ in table] == list(utils.SHAPES)
+    assert sum(float(value) for _, value in table) / 10 == pytest.approx(accuracy, abs=0.1)
+    assert (tmp_path / "checkpoints/cifar10_r1-synthetic/last.pt").exists()
+
+
+def test_a_run_leaves_its_record(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 3, "--lr", 0.02, "--flip")
+    folder = tmp_path / "checkpoints/cifar10_r1-flip"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pt", "last.previous.pt", "last.pt", "log.csv", "run.json",
+    ]  # fmt: skip
+    rows, record = log(folder), json.loads((folder / "run.json").read_text())
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and {row["lr"] for row in rows} == {"0.02"}
+    assert record["command"] == "python cifar10_r1.py --epochs 3 --lr 0.02 --flip"
+    assert record["recipe"]["--seed"] == 0 and len(record["recipe"]["data"]) == 64
+    assert record["accuracy"] == float(rows[-1]["test_accuracy"])
+    assert sum(record["per_class"].values()) / 3 == pytest.approx(record["accuracy"])
+    assert record["best_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
+    assert record["best_epoch"] == 1 + [float(row["test_accuracy"]) for row in rows].index(record["best_accuracy"])
+    assert record["seconds"] > 0 and record["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in (folder / "run.json").read_text()
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert (best["model"], best["arguments"]) == ("TutorialCNN", {"num_classes": 3})
+    assert (best["epoch"], best["accuracy"]) == (record["best_epoch"], record["best_accuracy"])
+    assert best["classes"] == ["cat", "dog", "frog"] and best["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_airplane_and_automobile_are_plane_and_car(script, tmp_path):
+    write_images(tmp_path / "data", classes=("airplane", "automobile"), train=4, test=4)
+    out = script(R1, "--epochs", 1).stdout
+    assert "\nAccuracy of plane: " in out and "\nAccuracy of car: " in out
+
+
+@pytest.mark.parametrize("flags", [[R1, "--flip"], [R2, "--crop"]])
+def test_a_resumed_run_is_the_run_never_interrupted(script, tmp_path, folders, flags):
+    name, *flags = [*flags, "--data", folders, "--batch-size", 32]
+    script(name, *flags, "--epochs", 4, "--checkpoints", "whole")
+    script(name, *flags, "--epochs", 1, "--checkpoints", "parts")
+    script(name, *flags, "--epochs", 3, "--checkpoints", "parts", "--resume")
+    (run,) = (path.name for path in (tmp_path / "parts").iterdir())
+    out = script(name, *flags, "--epochs", 4, "--checkpoints", "parts", "--resume").stdout
+    assert f"resuming parts/{run}/last.pt after epoch 3\n" in out
+    whole, parts = tmp_path / "whole" / run, tmp_path / "parts" / run
+    assert same_weights(whole / "last.pt", parts / "last.pt")
+    assert (whole / "best.pt").read_bytes() == (parts / "best.pt").read_bytes()
+    assert log(whole) == log(parts)
+
+
+def test_the_rate_on_the_command_line_holds_after_a_resume(script, tmp_path, folders):
+    flags = [R1, "--data", folders]
+    script(*flags, "--epochs", 1, "--lr", 0.01)
+    script(*flags, "--epochs", 2, "--resume")
+    script(*flags, "--epochs", 3, "--resume", "--lr", 0.001)
+    assert [row["lr"] for row in log(tmp_path / "checkpoints/cifar10_r1")] == ["0.01", "0.01", "0.001"]
+
+
+def test_a_finished_run_resumed_prints_its_table_again(script, folders):
+    flags = [R1, "--data", folders, "--epochs", 2, "--resume"]
+    first, again = script(*flags).stdout, script(*flags).stdout
+    assert "no checkpoints/cifar10_r1/last.pt to resume, starting the run\n" in first
+    assert "resuming checkpoints/cifar10_r1/last.pt after epoch 2, which was the last\n" in again
+    assert first[first.index("Accuracy") :] == again[again.index("Accuracy") :]
+
+
+def test_evaluate_prints_the_table_and_writes_nothing(script, tmp_path, folders):
+    trained = script(R1, "--data", folders, "--epochs", 2).stdout
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    last, best = (tmp_path / "elsewhere/cifar10_r1" / name for name in ("last.pt", "best.pt"))
+    out = script(R1, "--data", folders, "--evaluate", last).stdout
+    table = out[out.index("Accuracy") :]
+    assert table in trained and table.count("Accuracy of ") == 4
+    best_accuracy = torch.load(best, weights_only=True)["accuracy"]
+    out = script(R1, "--data", folders, "--evaluate", best, "--epochs", 1).stdout
+    assert f"test images: {best_accuracy:.1f} %" in out
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_new_run_keeps_the_one_before(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs", 1]
+    script(*flags, "--seed", 1)
+    before = (tmp_path / "checkpoints/cifar10_r1/best.pt").read_bytes()
+    out = script(*flags, "--seed", 2).stdout
+    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.previous\n" in out
+    assert (tmp_path / "checkpoints/cifar10_r1.previous/best.pt").read_bytes() == before
+    assert (tmp_path / "checkpoints/cifar10_r1/best.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize("damage", ["cut", "one byte", "gone"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(script, refused, tmp_path, folders, damage):
+    flags = [R1, "--data", folders, "--epochs", 3]
+    out = script(*flags).stdout
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    whole = last.read_bytes()
+    if damage == "gone":
+        last.unlink()
+    elif damage == "cut":
+        last.write_bytes(whole[: len(whole) // 2])
+    else:
+        middle = len(whole) // 2
+        last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert "checkpoints/cifar10_r1/last.pt" in refused(*flags, "--evaluate")
+    resumed = script(*flags, "--resume").stdout
+    assert "taking checkpoints/cifar10_r1/last.previous.pt\n" in resumed
+    assert resumed[resumed.index("Accuracy") :] == out[out.index("Accuracy") :]
+
+
+@pytest.mark.parametrize("name", [R1, R2])
+def test_every_precision_of_the_cpu(script, tmp_path, folders, name):
+    for precision in ("fp32", "bf16"):
+        script(name, "--data", folders, "--epochs", 1, "--precision", precision, "--resume")
+    assert len(log(tmp_path / "checkpoints" / name.removesuffix(".py"))) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 1)
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    before = last.read_bytes()
+    line = refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e30)
+    assert re.search(r"epoch:2: the loss is not finite at step \d+; take a lower --lr", line)
+    assert last.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------ what a user does wrong
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 or more"),
+        (["--epochs", "two"], "argument --epochs: 'two'"),
+        (["--batch-size", "-4"], "argument --batch-size: '-4'"),
+        (["--batch-size", "9" * 400], "argument --batch-size: '99"),
+        (["--lr", "nan"], "argument --lr: 'nan' is not a positive number"),
+        (["--lr", "0"], "argument --lr: '0'"),
+        (["--seed", "-1"], "argument --seed: '-1'"),
+        (["--device", "tpu"], "--device 'tpu' is none of"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--device", "cpu", "--precision", "fp16"], "--precision fp16 is for GPUs"),
+        (["--flop"], "unrecognized arguments: --flop"),
+        (["--resume", "--evaluate"], "not allowed with argument"),
+    ],
+)
+def test_what_the_command_line_refuses(capsys, flags, words):
+    parser = utils.ArgumentParser("", epochs=1, batch_size=1, lr=1)
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+def test_what_a_run_refuses(refused, script, tmp_path, folders):
+    flags = ["--data", folders, "--epochs", 1]
+    assert "no-such.pt cannot be read: No such file" in refused(R1, *flags, "--resume", "no-such.pt")
+    assert "last.pt cannot be read: No such file" in refused(R1, *flags, "--evaluate")
+    assert "cannot be read: Is a directory" in refused(R1, *flags, "--evaluate", folders)
+    assert "--batch-size 1" in refused(R2, *flags, "--batch-size", 1)
+
+    script(R1, *flags)
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    last = folder / "last.pt"
+    assert "batch-size 64, this one has 32" in refused(R1, *flags, "--resume", "--batch-size", 32)
+    assert "--seed 0, this one has 7" in refused(R1, *flags, "--resume", "--seed", 7)
+    assert "--flip False, this one has True" in refused(R1, *flags, "--flip", "--resume", last)
+    assert "script cifar10_r1, this one has cifar10_r2" in refused(R2, *flags, "--resume", last)
+    assert "model TutorialCNN, this run's has ResNet18" in refused(R2, *flags, "--evaluate", last)
+    assert "is for inference and cannot be resumed" in refused(R1, *flags, "--resume", folder / "best.pt")
+    assert "no checkpoint" in refused(R1, *flags, "--evaluate", folders / "train/cat/0000.png")
+    other = write_images(tmp_path / "other", classes=("cat", "dog", "fish"))
+    assert "['cat', 'dog', 'frog']" in refused(R1, "--data", other, "--evaluate", last)
+    assert " data " in refused(R1, "--data", other, "--resume", last)
+
+    (tmp_path / "file").touch()
+    assert "file/cifar10_r1" in refused(R1, *flags, "--checkpoints", "file")
+
+
+# ---------------------------------------------------------------------------------------------- real images
+
+
+def test_one_epoch_on_cifar10(script, cifar10):
+    out = script(R1, "--data", cifar10, "--epochs", 1).stdout
+    assert out.startswith("data: 50000 training and 10000 test images of 10 classes")
+    assert float(re.search(r"on the test images: (\S+) %", out)[1]) > 40
+    assert "Accuracy of plane: " in out and "Accuracy of truck: " in out

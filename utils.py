@@ -1,0 +1,792 @@
+"""What the training scripts share, in the order in which a run meets it:
+errors, the command line, data, the loader, one epoch of training and of testing, per-class accuracy, checkpoints."""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import make_dataset
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is one line that says what is wrong and what to do."""
+
+
+def run(main):
+    """Calls `main()`, as a script's last line does; a UserError becomes one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
+    try:
+        main()
+    except UserError as error:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a file name may hold a newline
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The flags that every training script has, with the script's own recipe as their defaults.
+
+    A script adds the flags of its experiment with `add_argument`; together with the script's name they name the run.
+    """
+
+    def __init__(self, description, *, epochs, batch_size, lr, precision="auto"):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        add = self.add_argument
+        add(
+            "--data",
+            default="data",
+            metavar="DIR",
+            help="folder with CIFAR-10 or class folders, or 'synthetic' (default: data)",
+        )
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help="(default: %(default)s)")
+        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
+        add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
+        add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")
+        add(
+            "--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps (default: auto)"
+        )
+        add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
+        add(
+            "--checkpoints",
+            type=Path,
+            default="checkpoints",
+            metavar="DIR",
+            help="one folder a run in it (default: checkpoints)",
+        )
+        mode = self.add_mutually_exclusive_group()
+        mode.add_argument(
+            "--resume", nargs="?", const=True, metavar="FILE", help="go on from this run's last.pt, or from FILE"
+        )
+        mode.add_argument(
+            "--evaluate", nargs="?", const=True, metavar="FILE", help="only test this run's last.pt, or FILE"
+        )
+        self.recipe_lr = lr
+        self.common = {action.dest for action in self._actions}
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def parse_args(self, argv=None):
+        """The parsed flags, `device` as a torch.device and `precision` as a key of DTYPES, and beside them
+
+        run: str, the run's name; experiment: dict, the experiment's own flags with their values;
+        command: str, the command line without its paths; lr_given: bool, whether --lr was on it.
+        """
+        args = super().parse_args(argv)
+        args.script = Path(self.prog).stem
+        args.experiment, name, command = {}, [args.script], ["python", self.prog]
+        for action in self._actions:
+            flag, value = action.option_strings[0], getattr(args, action.dest, None)
+            given = value not in (None, action.default)
+            if action.dest not in self.common:
+                args.experiment[flag] = value
+                if given:
+                    name.append(flag.removeprefix("--") if value is True else value)
+            if given and action.dest == "resume":
+                command.append(flag)
+            elif given and (action.dest not in ("data", "checkpoints") or value == "synthetic"):
+                command += [flag] if value is True else [flag, str(value)]
+        args.run = "-".join([*name, "synthetic"] if args.data == "synthetic" else name)
+        args.command = " ".join(command)
+        args.lr_given = args.lr is not None
+        args.lr = args.lr or self.recipe_lr
+        try:
+            args.device = choose_device(args.device)
+            args.precision = choose_precision(args.precision, args.device)
+        except UserError as error:
+            self.error(error)
+        return args
+
+
+def positive_int(text):
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def seed(text):
+    if not text.isdecimal() or not int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def positive_float(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def choose_device(name):
+    """The torch.device of that name; "auto" is CUDA, then MPS, then the CPU. UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
+    return device
+
+
+def choose_precision(name, device):
+    """The key of DTYPES; "auto" is bf16 where the device computes it natively, else fp16 on CUDA and fp32 elsewhere."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "fp32"
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # of cifar-10-python.tar.gz
+
+
+class Data(NamedTuple):
+    """A dataset in memory. Images are uint8 of shape (N, 3, 32, 32), labels int64 of shape (N,)."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list[str]  # in the order of the labels
+    source: str  # "CIFAR-10 archive", "class folders" or "synthetic"
+
+    def fingerprint(self):
+        """SHA-256 over every image, label and class name, in order: 64 hexadecimal digits."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for tensor in self[:4]:
+            digest.update(tensor.numpy())
+        return digest.hexdigest()
+
+
+def load_data(name):
+    """What lies in the folder `name`, or the built-in images where `name` is "synthetic". Raises UserError."""
+    if name == "synthetic":
+        return make_synthetic()
+    root = Path(name)
+    if (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file():
+        return read_original(root)
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        return read_class_folders(root)
+    raise UserError(
+        f"--data {name}: no {CIFAR10.filename}, {CIFAR10.base_folder} or train/<class>/ and test/<class>/ "
+        "in that folder; put one there, or try --data synthetic"
+    )
+
+
+def read_original(root, sha256=CIFAR10_SHA256, dataset=CIFAR10):
+    """CIFAR-10 as its authors publish it: `cifar-10-batches-py`, unpacked first from the archive where need be.
+
+    The archive is unpacked only if its SHA-256 is `sha256`, and its members are unpickled only if each one's MD5 is
+    the one that `dataset`, torchvision's class, lists. Raises UserError where one is not.
+    """
+    folder, archive = root / dataset.base_folder, root / dataset.filename
+    if not folder.is_dir():
+        with open(archive, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise UserError(
+                    f"{archive} is damaged or not CIFAR-10 (its SHA-256 is wrong); delete it and get it again"
+                )
+        try:
+            with tempfile.TemporaryDirectory(dir=root) as unpacked, tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")
+                os.replace(Path(unpacked, dataset.base_folder), folder)
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise UserError(f"{archive} cannot be unpacked into {root}: {error}") from None
+    for member, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
+        if not check_integrity(folder / member, md5):
+            raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
+    splits = [dataset(root, train=True), dataset(root, train=False)]
+    images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
+    labels = [torch.tensor(split.targets) for split in splits]
+    return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
+
+
+def read_class_folders(root):
+    """Images in `train/<class>/` and `test/<class>/`, as torchvision's ImageFolder finds them, classes by name.
+
+    Every file that Pillow has a format for is read, hidden ones apart, and must be 32x32; grey and palette images
+    become RGB. Raises UserError, which names the folder or file, for anything else.
+    """
+    files = {split: list_images(root / split) for split in ("train", "test")}
+    classes = sorted(files["train"])
+    for name in sorted(files["train"].keys() ^ files["test"].keys()):
+        has, lacks = ("train", "test") if name in files["train"] else ("test", "train")
+        raise UserError(f"{root / has / name} has no counterpart in {root / lacks}; both need the same classes")
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train'} holds {len(classes)} class folder; a classifier needs two or more")
+    tensors = []
+    for split in ("train", "test"):
+        paths = [path for name in classes for path in files[split][name]]
+        pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
+        for i, path in enumerate(
+            tqdm(paths, f"reading {root / split}", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
+        ):
+            pixels[i] = read_image(path)
+        tensors.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        tensors.append(torch.tensor([label for label, name in enumerate(classes) for _ in files[split][name]]))
+    return Data(*tensors, classes, "class folders")
+
+
+def list_images(folder):
+    """A dict from each class folder's name to the paths of the images under it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; class folders lie in train/<class>/ and test/<class>/")
+    Image.init()
+    extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    images = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found = make_dataset(path.parent, {path.name: 0}, extensions=extensions, allow_empty=True)
+            images[path.name] = [file for file, _ in found if not os.path.basename(file).startswith(".")]
+            if not images[path.name]:
+                raise UserError(f"{path} holds no image; fill the folder or delete it")
+    return images
+
+
+def read_image(path):
+    """The image's pixels, an array of shape (32, 32, 3). Raises UserError if it is no whole 32x32 image of 8 bits."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow's advice on palettes; a huge image is refused below
+            if image.size != (32, 32):
+                raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize it or take it out")
+            if image.mode[0] in "IF":  # 16 and 32 bits a pixel, which convert() would clip to white
+                raise UserError(f"{path} has more than 8 bits a channel; convert it or take it out")
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything at a damaged file
+        raise UserError(f"{path} is no image that can be read ({error}); repair it or take it out") from None
+
+
+SHAPES = {  # u, v: integer offsets from the centre, to the right and down; r: the radius, 6 to 10 pixels
+    "bars": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (v % 6 < 3),
+    "columns": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (u % 6 < 3),
+    "cross": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (np.minimum(abs(u), abs(v)) * 4 <= r),
+    "diamond": lambda u, v, r: abs(u) + abs(v) <= r,
+    "disc": lambda u, v, r: u * u + v * v <= r * r,
+    "frame": lambda u, v, r: abs(2 * np.maximum(abs(u), abs(v)) * 2 - 3 * r) <= r,
+    "ring": lambda u, v, r: (u * u + v * v <= r * r) & (u * u + v * v > r * r // 3),
+    "saltire": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (abs(abs(u) - abs(v)) * 4 <= r),
+    "square": lambda u, v, r: np.maximum(abs(u), abs(v)) <= r,
+    "triangle": lambda u, v, r: (2 * abs(u) <= v + r) & (v <= r),
+}
+
+
+def make_synthetic():
+    """10,000 training and 2,000 test images of ten shapes, in random places, sizes and colours.
+
+    Whole numbers from NumPy's legacy generator, whose stream never changes: the same images on every machine.
+    """
+    rng = np.random.RandomState(0)
+    y, x = np.mgrid[:32, :32]
+    splits = []
+    for count in (1000, 200):  # images a class
+        pixels = np.empty((len(SHAPES), count, 3, 32, 32), np.uint8)
+        for shape, out in zip(SHAPES.values(), pixels, strict=True):
+            cx, cy, r = (rng.randint(low, high, (count, 1, 1)) for low, high in ((11, 21), (11, 21), (6, 11)))
+            mask = shape(x - cx, y - cy, r)[:, None]
+            background = rng.randint(40, 146, (count, 3, 1, 1), np.int16)
+            contrast = rng.randint(30, 91, (count, 3, 1, 1), np.int16)
+            noise = rng.randint(-60, 61, (count, 3, 32, 32), np.int16)
+            out[:] = np.clip(background + contrast * mask + noise, 0, 255)
+        splits.append(torch.from_numpy(pixels).flatten(0, 1))
+        splits.append(torch.arange(len(SHAPES)).repeat_interleave(count))
+    return Data(*splits, list(SHAPES), "synthetic")
+
+
+# ---------------------------------------------------------------------------------------------------- loader
+
+
+def dataloaders(args, mean, std, flip=False, crop=False):
+    """The training and the test Loader of `args.data`; `flip` and `crop` augment the training images. Raises UserError.
+
+    mean, std: of the channels of an image with values from 0 to 1.
+    """
+    data = load_data(args.data)
+    common = {"mean": mean, "std": std, "device": args.device, "dtype": DTYPES[args.precision]}
+    train_loader = Loader(
+        data.train_images,
+        data.train_labels,
+        args.batch_size,
+        shuffle=True,
+        flip=flip,
+        crop=crop,
+        seed=args.seed,
+        **common,
+    )
+    test_loader = Loader(data.test_images, data.test_labels, batch_size=500, **common)
+    for loader in (train_loader, test_loader):
+        loader.classes, loader.source = data.classes, data.source
+    train_loader.fingerprint = data.fingerprint()
+    n_train, n_test = len(data.train_labels), len(data.test_labels)
+    print(
+        f"data: {n_train} training and {n_test} test images of {len(data.classes)} classes ({data.source})", flush=True
+    )
+    return train_loader, test_loader
+
+
+class Loader:
+    """Batches (images, labels) of a split that lies on the device as one uint8 tensor of shape (N, 3, 32, 32).
+
+    Images come normalised, as `dtype`, labels as int64. With `crop`, each image is a random 32x32 window of itself with
+    4 black pixels around, and with `flip` every second one is mirrored, as torchvision's RandomCrop(32, padding=4) and
+    RandomHorizontalFlip() have it. What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which.
+    """
+
+    CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
+
+    def __init__(
+        self,
+        images,
+        labels,
+        batch_size,
+        *,
+        mean,
+        std,
+        device,
+        dtype=torch.float32,
+        shuffle=False,
+        flip=False,
+        crop=False,
+        seed=0,
+    ):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = list(mean), list(std)
+        self.device, self.dtype = device, dtype
+        self.shuffle, self.flip, self.crop = shuffle, flip, crop
+        self.seed, self.epoch = seed, 0
+        # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
+        n = len(labels)
+        batches = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
+        self.batch_sizes = [len(batch) for batch in torch.arange(n).tensor_split(batches)]
+
+    def __len__(self):
+        return len(self.batch_sizes)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        # Drawn on the CPU, so that every device gets the same.
+        n, generator = len(self.labels), torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        flips = torch.randint(2, (n,), generator=generator).bool()
+        rows, columns = torch.randint(9, (2, n), generator=generator)
+        draws = [draw.to(self.device) for draw in (order, flips, rows, columns)]
+        per_chunk, start = math.ceil(self.CHUNK / self.batch_sizes[0]), 0
+        for first in range(0, len(self), per_chunk):
+            sizes = self.batch_sizes[first : first + per_chunk]
+            stop = start + sum(sizes)
+            images, labels = self.chunk(*(draw[start:stop] for draw in draws))
+            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+            start = stop
+
+    def chunk(self, order, flips, rows, columns):
+        images = self.images[order]
+        if self.crop:
+            windows = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (n, 3, 9, 9, 32, 32), a view
+            images = windows[torch.arange(len(order), device=self.device), :, rows, columns]
+        if self.flip:
+            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return images.float().sub_(mean).div_(std).to(self.dtype), self.labels[order]
+
+
+def epoch_seed(seed, epoch):
+    """A 32-bit seed for the draws of one epoch, all that PyTorch's CPU generator takes."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+# ------------------------------------------------------------------------------------------ train and test
+
+
+def to_device(model, device):
+    """The model on the device: channels-last on CUDA, for its tensor cores, elsewhere in the format models/ chose."""
+    return model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+
+
+def train(model, loader, criterion, optimizer, scaler, epoch):
+    """Trains `model` for one epoch; returns the mean loss and the accuracy in percent over its images, as it went.
+
+    Raises UserError once the loss is no longer finite.
+    """
+    if 1 in loader.batch_sizes and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise UserError("--batch-size 1: batch-norm cannot train on a single image; take 2 or more")
+    model.train()
+    loader.set_epoch(epoch)
+    torch.manual_seed(epoch_seed(loader.seed, epoch))  # dropout
+    with Meter(f"Train epoch:{epoch}", loader) as meter:
+        for images, labels in loader:
+            with autocast(images):
+                logits = model(images)
+                loss = criterion(logits, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            meter.update(loss, logits, labels)
+    return meter.read()
+
+
+@torch.inference_mode()
+def test(model, loader, criterion, epoch):
+    """Tests `model`; returns the mean loss and the accuracy in percent. Raises UserError if the loss is not finite."""
+    model.eval()
+    with Meter(f"test epoch:{epoch}", loader) as meter:
+        for images, labels in loader:
+            with autocast(images):
+                logits = model(images)
+                loss = criterion(logits, labels)
+            meter.update(loss, logits, labels)
+    return meter.read()
+
+
+@torch.inference_mode()
+def per_class_accuracy(model, loader):
+    """The accuracy over all images and a dict from class name to the accuracy over its images, in percent."""
+    model.eval()
+    right = torch.zeros(len(loader.classes), dtype=torch.int64, device=loader.device)
+    for images, labels in loader:
+        with autocast(images):
+            predictions = model(images).argmax(1)
+        right += torch.bincount(labels[predictions == labels], minlength=len(right))
+    total = torch.bincount(loader.labels, minlength=len(right))
+    per_class = (100 * right / total).tolist()
+    return 100 * right.sum().item() / len(loader.labels), dict(zip(loader.classes, per_class, strict=True))
+
+
+def autocast(images):
+    """The precision in which a network computes on `images` is the one that they come in."""
+    return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
+
+
+class Meter:
+    """The loss and the accuracy of an epoch so far, and its progress bar where stdout is a terminal.
+
+    What a step adds stays on the device; it is fetched, and the loss checked, only when the bar is refreshed.
+    """
+
+    REFRESH = 0.5  # seconds
+
+    def __init__(self, name, loader):
+        self.name, self.sizes = name, loader.batch_sizes
+        self.losses = torch.empty(len(loader), device=loader.device)  # of each step
+        self.right = torch.empty(len(loader.labels), dtype=torch.bool, device=loader.device)  # of each image
+        self.step = self.seen = 0
+        self.bar = tqdm(desc=name, total=len(loader), file=sys.stdout, disable=not sys.stdout.isatty())
+        self.next_refresh = time.monotonic() + self.REFRESH
+
+    def update(self, loss, logits, labels):
+        stop = self.seen + len(labels)
+        self.losses[self.step] = loss.detach()
+        torch.eq(logits.argmax(1), labels, out=self.right[self.seen : stop])
+        self.step, self.seen = self.step + 1, stop
+        if time.monotonic() > self.next_refresh:
+            self.read()
+            self.next_refresh = time.monotonic() + self.REFRESH
+
+    def read(self):
+        """(mean loss, accuracy in percent) over the images so far. Raises UserError if a loss is not finite."""
+        losses = self.losses[: self.step].cpu()
+        bad = losses.isfinite().logical_not().nonzero()
+        if len(bad):
+            raise UserError(f"{self.name}: the loss is not finite at step {bad[0].item() + 1}; take a lower --lr")
+        loss = (losses.double() @ torch.tensor(self.sizes[: self.step], dtype=torch.double)).item() / self.seen
+        accuracy = 100 * self.right[: self.seen].sum().item() / self.seen
+        self.bar.set_postfix_str(f"loss:{loss:.3f}, accuracy:{accuracy:.3f}", refresh=False)
+        self.bar.update(self.step - self.bar.n)
+        return loss, accuracy
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """The folder `args.checkpoints/args.run`: the run's weights, what it needs to go on, its log and its record.
+
+    `start` finds what is there, `save` is called after each epoch and `finish` after the last.
+    """
+
+    def __init__(self, args, train_loader, model, optimizer, scaler, scheduler=None):
+        self.args, self.loader, self.model = args, train_loader, model
+        self.parts = {"optimizer": optimizer, "scaler": scaler}
+        if scheduler is not None:
+            self.parts["scheduler"] = scheduler
+        self.folder = args.checkpoints / args.run
+        self.rows = []  # of log.csv: one dict an epoch
+        self.network = {  # what a file for inference says of the network, beside its weights
+            "model": type(model).__name__,
+            "arguments": model.arguments,
+            "classes": train_loader.classes,
+            "mean": train_loader.mean,
+            "std": train_loader.std,
+            "data": train_loader.source,
+        }
+        self.recipe = {  # what must agree with the checkpoint of a run that goes on
+            "script": args.script,
+            **args.experiment,
+            "--batch-size": args.batch_size,
+            "--seed": args.seed,
+            "data": train_loader.fingerprint,
+        }
+        if scheduler is not None:
+            self.recipe["--epochs"] = args.epochs
+
+    def start(self):
+        """Does what --resume or --evaluate asks for; returns the epoch to go on with, counted from 1. Raises UserError.
+
+        After --evaluate, and for a run that is done, that epoch lies behind the last one: there is nothing to train.
+        """
+        self.clock = time.monotonic()
+        args, last, previous = self.args, self.folder / "last.pt", self.folder / "last.previous.pt"
+        if args.evaluate:
+            path = last if args.evaluate is True else Path(args.evaluate)
+            checkpoint = read_checkpoint(path)
+            self.load_network(path, checkpoint)
+            print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
+            return args.epochs + 1
+        there = last.exists() or previous.exists()
+        epoch = 1
+        if args.resume is True and not there:
+            print(f"no {last} to resume, starting the run", flush=True)
+        elif args.resume:
+            epoch = self.resume([last, previous] if args.resume is True else [Path(args.resume)])
+        try:
+            if there and (
+                not args.resume or (args.resume is not True and not self.folder.samefile(Path(args.resume).parent))
+            ):
+                kept = self.folder.with_name(f"{args.run}.previous")
+                shutil.rmtree(kept, ignore_errors=True)
+                self.folder.replace(kept)
+                print(f"the run that was in {self.folder} is now in {kept}", flush=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written: {error.strerror}; name another with --checkpoints"
+            ) from None
+        return epoch
+
+    def resume(self, paths):
+        for path, other in zip(paths, [*paths[1:], None], strict=True):
+            try:
+                checkpoint = read_checkpoint(path)
+                break
+            except UserError as error:
+                if other is None:
+                    raise
+                print(f"{error}; taking {other}", flush=True)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
+        for key, ours in self.recipe.items():
+            theirs = checkpoint["recipe"].get(key)
+            if theirs != ours:
+                raise UserError(
+                    f"{path} is of a run with {key} {theirs}, this one has {ours}; "
+                    "make them agree, or start without --resume"
+                )
+        self.load_network(path, checkpoint)
+        for name, part in self.parts.items():
+            if checkpoint[name]:  # that of a scaler is empty unless the run was in fp16
+                part.load_state_dict(checkpoint[name])
+        for group in self.parts["optimizer"].param_groups:
+            if self.args.lr_given:
+                group["lr"] = self.args.lr
+        self.rows = checkpoint["rows"]
+        done = checkpoint["epoch"] >= self.args.epochs
+        print(f"resuming {path} after epoch {checkpoint['epoch']}" + ", which was the last" * done, flush=True)
+        return checkpoint["epoch"] + 1
+
+    def load_network(self, path, checkpoint):
+        for key, ours in self.network.items():
+            if checkpoint[key] != ours and key != "data":
+                raise UserError(f"{path} holds a network with {key} {checkpoint[key]}, this run's has {ours}")
+        self.model.load_state_dict(checkpoint["weights"])
+
+    def save(self, epoch, train_metrics, test_metrics):
+        """Saves an epoch with these (loss, accuracy): best.pt if it is the best, log.csv, last.pt. Raises UserError."""
+        weights = self.model.state_dict()
+        if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
+            raise UserError(f"the weights are not finite after epoch {epoch}; take a lower --lr")
+        now = time.monotonic()
+        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"]}
+        row |= dict(zip(names, (*train_metrics, *test_metrics), strict=True))
+        self.rows.append(row | {"seconds": now - self.clock})
+        self.clock = now
+        is_best = self.best()["epoch"] == epoch
+        state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
+        terminal = sys.stdout.isatty()
+        if is_best:
+            if terminal:
+                print("saving best for inference...")
+            write_checkpoint(self.folder / "best.pt", state)
+        if terminal:
+            print(f"saving {'best ' * is_best}checkpoint for training resume...")
+        self.write_log()
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"recipe": self.recipe, "rows": self.rows}
+        write_checkpoint(self.folder / "last.pt", state, keep=self.folder / "last.previous.pt")
+        if not terminal:
+            figures = [
+                f"{name} loss:{m[0]:.3f}, accuracy:{m[1]:.3f}, "
+                for name, m in (("train", train_metrics), ("test", test_metrics))
+            ]
+            print(f"epoch:{epoch}/{self.args.epochs} {''.join(figures)}saved{' as the best' * is_best}", flush=True)
+
+    def best(self):
+        """The log row of the epoch that was the first to reach the best test accuracy."""
+        return max(self.rows, key=lambda row: row["test_accuracy"])
+
+    def finish(self, accuracy, per_class):
+        """Prints the table of `per_class_accuracy`, and writes run.json unless the run only evaluates."""
+        kind = "synthetic test" if self.loader.source == "synthetic" else "test"
+        print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
+        for name, value in per_class.items():
+            print(f"Accuracy of { {'airplane': 'plane', 'automobile': 'car'}.get(name, name) }: {value:.1f} %")
+        if self.args.evaluate:
+            return
+        best = self.best()
+        print(f"Best epoch, chosen on the {kind} images: {best['epoch']} with {best['test_accuracy']:.1f} %")
+        print(f"best.pt, last.pt, log.csv and run.json are in {self.folder}")
+        record = {
+            "run": self.args.run,
+            "command": self.args.command,
+            "recipe": self.recipe | {"--epochs": self.args.epochs, "--lr": self.rows[0]["lr"]},
+            "data": self.loader.source,
+            "accuracy": accuracy,
+            "best_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
+            "per_class": per_class,
+            "seconds": sum(row["seconds"] for row in self.rows),
+            "precision": self.args.precision,
+            "device": device_name(self.loader.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+            "commit": commit(),
+            "epochs": self.rows,
+        }
+        self.write_log()
+        write_whole(self.folder / "run.json", json.dumps(record, indent=1).encode() + b"\n")
+
+    def write_log(self):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "log.csv", text.getvalue().encode())
+
+
+def write_checkpoint(path, state, keep=None):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getbuffer(), keep)
+
+
+def write_whole(path, content, keep=None):
+    """Writes the file `path` whole, or leaves what was there; what was there becomes `keep`. Raises UserError."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file in its place
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
+
+
+def read_checkpoint(path):
+    """The dict that `write_checkpoint` wrote, its tensors on the CPU. Raises UserError if it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            damaged = file.testzip()  # torch.load does not check the CRCs (pytorch issue 28858)
+        if damaged:
+            raise ValueError(f"wrong CRC of {damaged}")
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "weights" not in checkpoint or "arguments" not in checkpoint:
+            raise ValueError("not written by these scripts")
+        return checkpoint
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
+        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(": ")[2] if names else cpu
+    return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def commit():
+    """The git commit of these scripts, with "+" behind it where they have been changed since; None without git."""
+    git = ["git", "-C", Path(__file__).parent]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        return head + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
