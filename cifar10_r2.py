@@ -14,9 +14,8 @@ from models import ResNet18
 
 EPOCHS = 30
 BATCH_SIZE = 128  # the usual one for a ResNet on CIFAR-10
-LR = 0.02  # constant
+LR = 0.01  # constant
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # the usual one for a ResNet on CIFAR-10
 MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
 
 
@@ -29,9 +28,7 @@ def main():
     torch.manual_seed(args.seed)
     model = utils.to_device(ResNet18(num_classes=len(train_loader.classes)), args.device)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)

@@ -43,7 +43,7 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a file name may hold a newline
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -65,34 +65,18 @@ class ArgumentParser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         add = self.add_argument
-        add(
-            "--data",
-            default="data",
-            metavar="DIR",
-            help="folder with CIFAR-10 or class folders, or 'synthetic' (default: data)",
-        )
+        add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
         add("--epochs", type=positive_int, default=epochs, metavar="N", help="(default: %(default)s)")
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")
-        add(
-            "--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps (default: auto)"
-        )
+        add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
-        add(
-            "--checkpoints",
-            type=Path,
-            default="checkpoints",
-            metavar="DIR",
-            help="one folder a run in it (default: checkpoints)",
-        )
+        add("--checkpoints", type=Path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
         mode = self.add_mutually_exclusive_group()
-        mode.add_argument(
-            "--resume", nargs="?", const=True, metavar="FILE", help="go on from this run's last.pt, or from FILE"
-        )
-        mode.add_argument(
-            "--evaluate", nargs="?", const=True, metavar="FILE", help="only test this run's last.pt, or FILE"
-        )
+        add = mode.add_argument
+        add("--resume", nargs="?", const=True, metavar="FILE", help="go on from this run's last.pt, or from FILE")
+        add("--evaluate", nargs="?", const=True, metavar="FILE", help="only test this run's last.pt, or FILE")
         self.recipe_lr = lr
         self.common = {action.dest for action in self._actions}
 
@@ -228,9 +212,7 @@ def read_original(root, sha256=CIFAR10_SHA256, dataset=CIFAR10):
     if not folder.is_dir():
         with open(archive, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(
-                    f"{archive} is damaged or not CIFAR-10 (its SHA-256 is wrong); delete it and get it again"
-                )
+                raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it and get it again")
         try:
             with tempfile.TemporaryDirectory(dir=root) as unpacked, tarfile.open(archive) as tar:
                 tar.extractall(unpacked, filter="data")
@@ -263,9 +245,7 @@ def read_class_folders(root):
     for split in ("train", "test"):
         paths = [path for name in classes for path in files[split][name]]
         pixels = np.empty((len(paths), 32, 32, 3), np.uint8)
-        for i, path in enumerate(
-            tqdm(paths, f"reading {root / split}", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
-        ):
+        for i, path in enumerate(progress_bar(paths, desc=f"reading {root / split}", leave=False)):
             pixels[i] = read_image(path)
         tensors.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
         tensors.append(torch.tensor([label for label, name in enumerate(classes) for _ in files[split][name]]))
@@ -280,7 +260,7 @@ def list_images(folder):
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
     images = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and not path.name.startswith("."):
             found = make_dataset(path.parent, {path.name: 0}, extensions=extensions, allow_empty=True)
             images[path.name] = [file for file, _ in found if not os.path.basename(file).startswith(".")]
             if not images[path.name]:
@@ -350,57 +330,34 @@ def dataloaders(args, mean, std, flip=False, crop=False):
     """
     data = load_data(args.data)
     common = {"mean": mean, "std": std, "device": args.device, "dtype": DTYPES[args.precision]}
-    train_loader = Loader(
-        data.train_images,
-        data.train_labels,
-        args.batch_size,
-        shuffle=True,
-        flip=flip,
-        crop=crop,
-        seed=args.seed,
-        **common,
-    )
-    test_loader = Loader(data.test_images, data.test_labels, batch_size=500, **common)
-    for loader in (train_loader, test_loader):
-        loader.classes, loader.source = data.classes, data.source
-    train_loader.fingerprint = data.fingerprint()
-    n_train, n_test = len(data.train_labels), len(data.test_labels)
-    print(
-        f"data: {n_train} training and {n_test} test images of {len(data.classes)} classes ({data.source})", flush=True
-    )
+    train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, **common)
+    test_loader = Loader(data, "test", 500, **common)
+    images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    print(f"{images} of {len(data.classes)} classes ({data.source}), on {args.device} in {args.precision}", flush=True)
     return train_loader, test_loader
 
 
 class Loader:
-    """Batches (images, labels) of a split that lies on the device as one uint8 tensor of shape (N, 3, 32, 32).
+    """Batches (images, labels) of a split, "train" or "test", that lies on the device as one tensor of `data`'s.
 
-    Images come normalised, as `dtype`, labels as int64. With `crop`, each image is a random 32x32 window of itself with
-    4 black pixels around, and with `flip` every second one is mirrored, as torchvision's RandomCrop(32, padding=4) and
-    RandomHorizontalFlip() have it. What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which.
+    Images come normalised, as `dtype`, labels as int64; those for training in random order. With `crop`, each image is
+    a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is mirrored, as
+    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. What an epoch draws depends on
+    (seed, epoch) alone: `set_epoch` says which.
     """
 
     CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
 
-    def __init__(
-        self,
-        images,
-        labels,
-        batch_size,
-        *,
-        mean,
-        std,
-        device,
-        dtype=torch.float32,
-        shuffle=False,
-        flip=False,
-        crop=False,
-        seed=0,
-    ):
+    def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False):
+        images, labels = (
+            (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
+        )
         self.images, self.labels = images.to(device), labels.to(device)
+        self.data, self.classes = data, data.classes
         self.mean, self.std = list(mean), list(std)
         self.device, self.dtype = device, dtype
-        self.shuffle, self.flip, self.crop = shuffle, flip, crop
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.shuffle = seed, 0, split == "train"
+        self.flip, self.crop = flip, crop
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         batches = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
@@ -471,7 +428,7 @@ def train(model, loader, criterion, optimizer, scaler, epoch):
             scaler.step(optimizer)
             scaler.update()
             meter.update(loss, logits, labels)
-    return meter.read()
+        return meter.read()
 
 
 @torch.inference_mode()
@@ -484,7 +441,7 @@ def test(model, loader, criterion, epoch):
                 logits = model(images)
                 loss = criterion(logits, labels)
             meter.update(loss, logits, labels)
-    return meter.read()
+        return meter.read()
 
 
 @torch.inference_mode()
@@ -506,6 +463,11 @@ def autocast(images):
     return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
 
 
+def progress_bar(*args, **kwargs):
+    """tqdm's, on stdout, where that is a terminal."""
+    return tqdm(*args, **kwargs, file=sys.stdout, disable=not sys.stdout.isatty())
+
+
 class Meter:
     """The loss and the accuracy of an epoch so far, and its progress bar where stdout is a terminal.
 
@@ -519,7 +481,7 @@ class Meter:
         self.losses = torch.empty(len(loader), device=loader.device)  # of each step
         self.right = torch.empty(len(loader.labels), dtype=torch.bool, device=loader.device)  # of each image
         self.step = self.seen = 0
-        self.bar = tqdm(desc=name, total=len(loader), file=sys.stdout, disable=not sys.stdout.isatty())
+        self.bar = progress_bar(desc=name, total=len(loader))
         self.next_refresh = time.monotonic() + self.REFRESH
 
     def update(self, loss, logits, labels):
@@ -572,14 +534,14 @@ class Checkpoints:
             "classes": train_loader.classes,
             "mean": train_loader.mean,
             "std": train_loader.std,
-            "data": train_loader.source,
+            "data": train_loader.data.source,
         }
         self.recipe = {  # what must agree with the checkpoint of a run that goes on
             "script": args.script,
             **args.experiment,
             "--batch-size": args.batch_size,
             "--seed": args.seed,
-            "data": train_loader.fingerprint,
+            "data": train_loader.data.fingerprint(),
         }
         if scheduler is not None:
             self.recipe["--epochs"] = args.epochs
@@ -597,36 +559,32 @@ class Checkpoints:
             self.load_network(path, checkpoint)
             print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
             return args.epochs + 1
-        there = last.exists() or previous.exists()
-        epoch = 1
-        if args.resume is True and not there:
+        found = [path for path in (last, previous) if path.exists()]
+        paths = found if args.resume is True else [Path(args.resume)] if args.resume else []
+        if args.resume and not paths:
             print(f"no {last} to resume, starting the run", flush=True)
-        elif args.resume:
-            epoch = self.resume([last, previous] if args.resume is True else [Path(args.resume)])
-        try:
-            if there and (
-                not args.resume or (args.resume is not True and not self.folder.samefile(Path(args.resume).parent))
-            ):
-                kept = self.folder.with_name(f"{args.run}.previous")
-                shutil.rmtree(kept, ignore_errors=True)
-                self.folder.replace(kept)
-                print(f"the run that was in {self.folder} is now in {kept}", flush=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written: {error.strerror}; name another with --checkpoints"
-            ) from None
+        epoch = self.resume(paths) if paths else 1
+        from_elsewhere = bool(paths) and paths[0].resolve().parent != self.folder.resolve()
+        if found and (from_elsewhere or not paths):
+            kept = self.folder.with_name(f"{args.run}.previous")
+            shutil.rmtree(kept, ignore_errors=True)
+            self.folder.replace(kept)
+            print(f"the run that was in {self.folder} is now in {kept}", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if from_elsewhere and (best := paths[0].with_name("best.pt")).exists():
+            shutil.copyfile(best, self.folder / "best.pt")  # the best so far, until a better epoch comes
         return epoch
 
     def resume(self, paths):
-        for path, other in zip(paths, [*paths[1:], None], strict=True):
+        """Loads the first of the files that is whole; returns the epoch after it. Raises UserError if none is ours."""
+        for path in paths:
             try:
                 checkpoint = read_checkpoint(path)
                 break
             except UserError as error:
-                if other is None:
+                if path == paths[-1]:
                     raise
-                print(f"{error}; taking {other}", flush=True)
+                print(f"{error}; taking the one before", flush=True)
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
         for key, ours in self.recipe.items():
@@ -646,6 +604,8 @@ class Checkpoints:
         self.rows = checkpoint["rows"]
         done = checkpoint["epoch"] >= self.args.epochs
         print(f"resuming {path} after epoch {checkpoint['epoch']}" + ", which was the last" * done, flush=True)
+        if path == self.folder / "last.previous.pt":
+            path.replace(self.folder / "last.pt")  # or the next save would keep the damaged one as the one before
         return checkpoint["epoch"] + 1
 
     def load_network(self, path, checkpoint):
@@ -691,7 +651,7 @@ class Checkpoints:
 
     def finish(self, accuracy, per_class):
         """Prints the table of `per_class_accuracy`, and writes run.json unless the run only evaluates."""
-        kind = "synthetic test" if self.loader.source == "synthetic" else "test"
+        kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
             print(f"Accuracy of { {'airplane': 'plane', 'automobile': 'car'}.get(name, name) }: {value:.1f} %")
@@ -704,7 +664,7 @@ class Checkpoints:
             "run": self.args.run,
             "command": self.args.command,
             "recipe": self.recipe | {"--epochs": self.args.epochs, "--lr": self.rows[0]["lr"]},
-            "data": self.loader.source,
+            "data": self.loader.data.source,
             "accuracy": accuracy,
             "best_accuracy": best["test_accuracy"],
             "best_epoch": best["epoch"],

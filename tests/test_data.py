@@ -182,10 +182,11 @@ def test_synthetic_is_the_same_for_everyone():
 # ------------------------------------------------------------------------------------------------ the loader
 
 
-def make_loader(n=64, batch_size=8, **kwargs):
+def make_loader(n=64, batch_size=8, split="test", **kwargs):
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    kwargs = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "device": torch.device("cpu")} | kwargs  # pixels as they are
-    return utils.Loader(images, torch.arange(n), batch_size, **kwargs)
+    data = utils.Data(images, torch.arange(n), images, torch.arange(n), [str(i) for i in range(n)], "test")
+    as_they_are = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "device": torch.device("cpu"), "dtype": torch.float32}
+    return utils.Loader(data, split, batch_size, **as_they_are | kwargs)
 
 
 def test_flip_and_crop_have_torchvisions_distribution():
@@ -248,7 +249,7 @@ def test_normalisation_is_torchvisions():
     [(50_000, 128, {127, 128}), (10, 3, {2, 3}), (7, 2, {2, 3}), (3, 2, {3}), (5, 100, {5}), (4, 1, {1})],
 )
 def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
-    loader = make_loader(n, batch_size, shuffle=True)
+    loader = make_loader(n, batch_size, "train")
     labels = [labels for _, labels in loader]
     assert {len(batch) for batch in labels} == sizes
     assert torch.cat(labels).sort().values.equal(torch.arange(n))
@@ -257,7 +258,7 @@ def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
 
 def test_an_epoch_depends_on_seed_and_epoch_alone():
     def epoch(seed, number):
-        loader = make_loader(shuffle=True, flip=True, crop=True, seed=seed)
+        loader = make_loader(split="train", flip=True, crop=True, seed=seed)
         loader.set_epoch(number)
         return torch.cat([images for images, _ in loader])
 

@@ -1,12 +1,20 @@
 """The training scripts, run as a user runs them."""
 
+import contextlib
 import csv
+import fcntl
 import json
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import ROOT, write_images
 
 import utils
 
@@ -37,7 +45,7 @@ def log(folder):
 def test_synthetic_in_a_minute(script, tmp_path):
     """The README's first command, with fewer epochs: it learns, says what it trained on, and ends with the table."""
     out = script(R1, "--data", "synthetic", "--epochs", 8).stdout.splitlines()
-    assert out[0] == "data: 10000 training and 2000 test images of 10 classes (synthetic)"
+    assert out[0] == "10000 training and 2000 test images of 10 classes (synthetic), on cpu in fp32"
     assert [EPOCH.fullmatch(line)[1] for line in out[1:9]] == [str(epoch) for epoch in range(1, 9)]
     accuracy = float(re.fullmatch(r"Accuracy of the network on the synthetic test images: (\S+) %", out[9])[1])
     assert accuracy > 80
@@ -106,6 +114,41 @@ def test_a_finished_run_resumed_prints_its_table_again(script, folders):
     assert first[first.index("Accuracy") :] == again[again.index("Accuracy") :]
 
 
+def test_a_checkpoint_from_elsewhere_is_resumed_here(script, tmp_path, folders):
+    flags = [R1, "--data", folders]
+    script(*flags, "--epochs", 2, "--checkpoints", "there")
+    script(*flags, "--epochs", 1)
+    out = script(*flags, "--epochs", 3, "--resume", "there/cifar10_r1/last.pt").stdout
+    assert "resuming there/cifar10_r1/last.pt after epoch 2\n" in out
+    here = tmp_path / "checkpoints/cifar10_r1"
+    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.previous\n" in out
+    assert len(log(here)) == 3 and len(log(here.with_name("cifar10_r1.previous"))) == 1
+    assert (here / "best.pt").exists()
+    out = script(*flags, "--epochs", 3, "--resume", here / "last.pt").stdout  # its own file by name: nothing moves
+    assert "is now in" not in out and len(log(here)) == 3
+    assert len(log(tmp_path / "there/cifar10_r1")) == 2
+
+
+def test_a_terminal_gets_bars(tmp_path, folders):
+    """On a terminal there is a bar for training and one for testing, then the saves."""
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, str(ROOT / R1), "--data", str(folders), "--epochs", "1", "--batch-size", "8"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # that is how Linux says that the other end is closed
+        while some := os.read(terminal, 10_000):
+            output += some
+    assert process.wait() == 0
+    shown = [line.rsplit("\r", 1)[-1] for line in output.decode().replace("\r\n", "\n").split("\n")]
+    bar = r"{} epoch:1: 100%\|█+\| {}/{} \[\d\d:\d\d<00:00, .*it/s, loss:\d\.\d{{3}}, accuracy:\d+\.\d{{3}}\]"
+    assert re.fullmatch(bar.format("Train", 12, 12), shown[1])
+    assert re.fullmatch(bar.format("test", 1, 1), shown[2])
+    assert shown[3:5] == ["saving best for inference...", "saving best checkpoint for training resume..."]
+    assert shown[5].startswith("Accuracy of the network on the test images: ")
+
+
 def test_evaluate_prints_the_table_and_writes_nothing(script, tmp_path, folders):
     trained = script(R1, "--data", folders, "--epochs", 2).stdout
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
@@ -144,7 +187,9 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(script, refused, 
         last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     assert "checkpoints/cifar10_r1/last.pt" in refused(*flags, "--evaluate")
     resumed = script(*flags, "--resume").stdout
-    assert "taking checkpoints/cifar10_r1/last.previous.pt\n" in resumed
+    assert ("; taking the one before\n" in resumed) == (damage != "gone")
+    assert "resuming checkpoints/cifar10_r1/last.previous.pt after epoch 2\n" in resumed
+    assert utils.read_checkpoint(last.with_name("last.previous.pt"))["epoch"] == 2
     assert resumed[resumed.index("Accuracy") :] == out[out.index("Accuracy") :]
 
 
@@ -223,6 +268,6 @@ def test_what_a_run_refuses(refused, script, tmp_path, folders):
 
 def test_one_epoch_on_cifar10(script, cifar10):
     out = script(R1, "--data", cifar10, "--epochs", 1).stdout
-    assert out.startswith("data: 50000 training and 10000 test images of 10 classes")
+    assert out.startswith("50000 training and 10000 test images of 10 classes")
     assert float(re.search(r"on the test images: (\S+) %", out)[1]) > 40
     assert "Accuracy of plane: " in out and "Accuracy of truck: " in out
