@@ -585,7 +585,7 @@ class Checkpoints:
                 if path == paths[-1]:
                     raise
                 print(f"{error}; taking the one before", flush=True)
-        if "optimizer" not in checkpoint:
+        if "recipe" not in checkpoint:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
         for key, ours in self.recipe.items():
             theirs = checkpoint["recipe"].get(key)
@@ -610,8 +610,9 @@ class Checkpoints:
 
     def load_network(self, path, checkpoint):
         for key, ours in self.network.items():
-            if checkpoint[key] != ours and key != "data":
-                raise UserError(f"{path} holds a network with {key} {checkpoint[key]}, this run's has {ours}")
+            theirs = checkpoint.get(key)
+            if theirs != ours and key != "data":
+                raise UserError(f"{path} holds a network with {key} {theirs}, this run's has {ours}")
         self.model.load_state_dict(checkpoint["weights"])
 
     def save(self, epoch, train_metrics, test_metrics):
@@ -722,7 +723,7 @@ def read_checkpoint(path):
         if damaged:
             raise ValueError(f"wrong CRC of {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "weights" not in checkpoint or "arguments" not in checkpoint:
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "arguments", "weights", "epoch"}:
             raise ValueError("not written by these scripts")
         return checkpoint
     except OSError as error:

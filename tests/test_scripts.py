@@ -238,6 +238,18 @@ def test_what_the_command_line_refuses(capsys, flags, words):
     assert exit.value.code == 2 and error.count("\n") == 1 and words in error
 
 
+def test_a_foreign_checkpoint_is_refused(refused, tmp_path, folders):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'sprung'}",)
+
+    for content in ({"a": 1}, [1, 2], {"weights": {}, "arguments": {}}, Trap()):
+        torch.save(content, tmp_path / "foreign.pt")
+        for flag in ("--resume", "--evaluate"):
+            assert "foreign.pt" in refused(R1, "--data", folders, flag, "foreign.pt")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "checkpoints").exists()
+
+
 def test_what_a_run_refuses(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--epochs", 1]
     assert "no-such.pt cannot be read: No such file" in refused(R1, *flags, "--resume", "no-such.pt")
