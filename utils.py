@@ -598,8 +598,8 @@ class Checkpoints:
         for name, part in self.parts.items():
             if checkpoint[name]:  # that of a scaler is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
-        for group in self.parts["optimizer"].param_groups:
-            if self.args.lr_given:
+        if self.args.lr_given:
+            for group in self.parts["optimizer"].param_groups:
                 group["lr"] = self.args.lr
         self.rows = checkpoint["rows"]
         done = checkpoint["epoch"] >= self.args.epochs

@@ -4,8 +4,6 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-STEMS = ("imagenet", "cifar", "cifar-nopool")
-
 
 class ResNet18(ResNet):
     """torchvision's resnet18, without weights, for `num_classes` classes. For a 32x32 image the stem is
@@ -23,7 +21,6 @@ class ResNet18(ResNet):
         if stem != "imagenet":
             self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's are
+            self.to(memory_format=torch.channels_last)  # on the CPU too; there the imagenet stem is slower in it
         if stem == "cifar-nopool":
             self.maxpool = nn.Identity()
-        if stem != "imagenet":
-            self.to(memory_format=torch.channels_last)  # on the CPU too; there the imagenet stem is slower in it
