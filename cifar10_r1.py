@@ -34,10 +34,11 @@ def main():
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)
     for epoch in range(checkpoints.start(), args.epochs + 1):
-        train_metrics = utils.train(model, train_loader, criterion, optimizer, scaler, epoch)
+        train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         checkpoints.save(epoch, train_metrics, test_metrics)
     checkpoints.finish(*utils.per_class_accuracy(model, test_loader))

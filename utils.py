@@ -408,25 +408,70 @@ def to_device(model, device):
     return model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
 
 
-def train(model, loader, criterion, optimizer, scaler, epoch):
-    """Trains `model` for one epoch; returns the mean loss and the accuracy in percent over its images, as it went.
+class TrainStep:
+    """A step of training: called with a batch, it updates the weights and returns the loss and the logits.
+
+    On CUDA the forward and the backward pass are captured as a CUDA graph, one a batch size, and replayed: to launch
+    the kernels of such small networks one by one takes a CPU several times as long as a GPU takes to run them.
+    """
+
+    WARM_UP = 3  # steps before the first capture, in which the libraries set up what must not happen during one
+
+    def __init__(self, model, criterion, optimizer, scaler):
+        self.model, self.criterion, self.optimizer, self.scaler = model, criterion, optimizer, scaler
+        self.steps, self.graphs = 0, {}
+        for group in optimizer.param_groups:
+            if group.get("momentum"):  # or a first step that the scaler skips would leave them uninitialised
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def __call__(self, images, labels):
+        self.steps += 1
+        if images.is_cuda and self.steps > self.WARM_UP:
+            loss, logits = self.replay(images, labels)
+        else:
+            loss, logits = self.forward_backward(images, labels)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss, logits
+
+    def forward_backward(self, images, labels):
+        self.optimizer.zero_grad()
+        with autocast(images):
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
+        self.scaler.scale(loss).backward()
+        return loss.detach(), logits.detach()
+
+    def replay(self, images, labels):
+        if len(labels) not in self.graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # one at a time needs its memory
+            with torch.cuda.graph(graph, pool):
+                outputs = self.forward_backward(*inputs)
+            self.graphs[len(labels)] = graph, inputs, outputs, [p.grad for p in self.model.parameters()]
+        graph, inputs, outputs, gradients = self.graphs[len(labels)]
+        inputs[0].copy_(images)
+        inputs[1].copy_(labels)
+        graph.replay()
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # each graph writes its own
+        return outputs
+
+
+def train(step, loader, epoch):
+    """Trains for one epoch; returns the mean loss and the accuracy in percent over its images, as it went.
 
     Raises UserError once the loss is no longer finite.
     """
-    if 1 in loader.batch_sizes and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if 1 in loader.batch_sizes and any(isinstance(module, nn.BatchNorm2d) for module in step.model.modules()):
         raise UserError("--batch-size 1: batch-norm cannot train on a single image; take 2 or more")
-    model.train()
+    step.model.train()
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch))  # dropout
     with Meter(f"Train epoch:{epoch}", loader) as meter:
         for images, labels in loader:
-            with autocast(images):
-                logits = model(images)
-                loss = criterion(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss, logits = step(images, labels)
             meter.update(loss, logits, labels)
         return meter.read()
 
@@ -486,7 +531,7 @@ class Meter:
 
     def update(self, loss, logits, labels):
         stop = self.seen + len(labels)
-        self.losses[self.step] = loss.detach()
+        self.losses[self.step] = loss
         torch.eq(logits.argmax(1), labels, out=self.right[self.seen : stop])
         self.step, self.seen = self.step + 1, stop
         if time.monotonic() > self.next_refresh:

@@ -1,6 +1,7 @@
 """The networks, one file each. `model.arguments` is what its class was called with: a file of weights says it."""
 
+from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet18
 from models.tutorial_cnn import TutorialCNN
 
-__all__ = ["ResNet18", "TutorialCNN"]
+__all__ = ["MobileNetV2", "ResNet18", "TutorialCNN"]

@@ -1,0 +1,25 @@
+"""torchvision's MobileNetV2 (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018), for 32x32."""
+
+from torch import nn
+from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
+
+
+class MobileNetV2(TorchvisionMobileNetV2):
+    """torchvision's mobilenet_v2, without weights, its first two strides taken out: the last map is 4x4, not 1x1.
+
+    Takes images of shape (N, 3, 32, 32), float; returns logits of shape (N, num_classes).
+    """
+
+    def __init__(self, num_classes=10):
+        stages = [  # table 2 of the paper: expansion, channels, blocks, stride of the first block
+            [1, 16, 1, 1],
+            [6, 24, 2, 1],  # 2 in the paper
+            [6, 32, 3, 2],
+            [6, 64, 4, 2],
+            [6, 96, 3, 1],
+            [6, 160, 3, 2],
+            [6, 320, 1, 1],
+        ]
+        super().__init__(num_classes=num_classes, inverted_residual_setting=stages)
+        self.arguments = {"num_classes": num_classes}
+        self.features[0][0].stride = (1, 1)  # the stem's, 2 in the paper
