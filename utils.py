@@ -9,7 +9,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,14 +41,41 @@ class UserError(Exception):
 
 
 def run(main):
-    """Calls `main()`, as a script's last line does; a UserError becomes one line on stderr and exit status 2."""
+    """Calls `main()`, as a script's last line does, and ends the process with one line on stderr where need be.
+
+    A UserError has exit status 2, Ctrl-C 130, and SIGTERM, by which a cluster ends a job, 143.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         main()
+    except Interrupted as error:
+        end(128 + error.number, str(error))
     except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a file name may hold a newline
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        end(2, f"error: {str(error).partition('.')[0]}; take a smaller --batch-size")
+
+
+def end(status, line):
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a file name may hold a newline
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Interrupted(BaseException):
+    """What a signal raises, with its `number`; no Exception, which would be taken for the fault of a file."""
+
+    advice = ""  # how to go on: a run that begins to train sets it
+
+    def __init__(self, number):
+        super().__init__(f"ended by {signal.Signals(number).name}{self.advice}")
+        self.number = number
+
+
+def interrupt(number, frame):
+    raise Interrupted(number)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -66,7 +95,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         add = self.add_argument
         add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help="(default: %(default)s)")
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or 'by --stem'})")
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")
@@ -87,11 +116,12 @@ class ArgumentParser(argparse.ArgumentParser):
         """The parsed flags, `device` as a torch.device and `precision` as a key of DTYPES, and beside them
 
         run: str, the run's name; experiment: dict, the experiment's own flags with their values;
-        command: str, the command line without its paths; lr_given: bool, whether --lr was on it.
+        command: str, the command line without its paths; resume_command: str, the one that goes on with the run;
+        lr_given: bool, whether --lr was given.
         """
         args = super().parse_args(argv)
         args.script = Path(self.prog).stem
-        args.experiment, name, command = {}, [args.script], ["python", self.prog]
+        args.experiment, name, command, resume_command = {}, [args.script], ["python", self.prog], sys.argv[:1]
         for action in self._actions:
             flag, value = action.option_strings[0], getattr(args, action.dest, None)
             given = value not in (None, action.default)
@@ -101,10 +131,14 @@ class ArgumentParser(argparse.ArgumentParser):
                     name.append(flag.removeprefix("--") if value is True else value)
             if given and action.dest == "resume":
                 command.append(flag)
-            elif given and (action.dest not in ("data", "checkpoints") or value == "synthetic"):
-                command += [flag] if value is True else [flag, str(value)]
+            elif given:
+                words = [flag] if value is True else [flag, str(value)]
+                resume_command += words
+                if action.dest not in ("data", "checkpoints") or value == "synthetic":
+                    command += words
         args.run = "-".join([*name, "synthetic"] if args.data == "synthetic" else name)
         args.command = " ".join(command)
+        args.resume_command = shlex.join(["python", *resume_command, "--resume"])
         args.lr_given = args.lr is not None
         args.lr = args.lr or self.recipe_lr
         try:
@@ -355,6 +389,7 @@ class Loader:
         self.images, self.labels = images.to(device), labels.to(device)
         self.data, self.classes = data, data.classes
         self.mean, self.std = list(mean), list(std)
+        self.shift, self.scale = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self.device, self.dtype = device, dtype
         self.seed, self.epoch, self.shuffle = seed, 0, split == "train"
         self.flip, self.crop = flip, crop
@@ -375,7 +410,7 @@ class Loader:
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         flips = torch.randint(2, (n,), generator=generator).bool()
         rows, columns = torch.randint(9, (2, n), generator=generator)
-        draws = [draw.to(self.device) for draw in (order, flips, rows, columns)]
+        draws = [draw.to(self.device, non_blocking=True) for draw in (order, flips, rows, columns)]
         per_chunk, start = math.ceil(self.CHUNK / self.batch_sizes[0]), 0
         for first in range(0, len(self), per_chunk):
             sizes = self.batch_sizes[first : first + per_chunk]
@@ -391,8 +426,7 @@ class Loader:
             images = windows[torch.arange(len(order), device=self.device), :, rows, columns]
         if self.flip:
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return images.float().sub_(mean).div_(std).to(self.dtype), self.labels[order]
+        return images.float().sub_(self.shift).div_(self.scale).to(self.dtype), self.labels[order]
 
 
 def epoch_seed(seed, epoch):
@@ -457,6 +491,15 @@ class TrainStep:
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient  # each graph writes its own
         return outputs
+
+
+def triangular_schedule(optimizer, epochs, peak):
+    """A scheduler, stepped after each epoch: the rate rises in a line to the optimizer's own, and falls in one to 0.
+
+    peak: where in the run it is highest, from 0 to 1. An epoch has the rate of its middle.
+    """
+    corners = [0, peak * epochs, epochs], [0, 1, 0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(np.interp(epoch + 0.5, *corners)))
 
 
 def train(step, loader, epoch):
@@ -566,11 +609,13 @@ class Checkpoints:
     `start` finds what is there, `save` is called after each epoch and `finish` after the last.
     """
 
-    def __init__(self, args, train_loader, model, optimizer, scaler, scheduler=None):
+    NETWORK = ("model", "arguments", "classes", "mean", "std")  # what a file of weights must be of, to be loaded
+
+    def __init__(self, args, train_loader, model, optimizer, scaler, scheduler=None, after=None):
+        """after: the script and flag of the run that this one goes on from, such as "cifar10_r2 --crop"."""
         self.args, self.loader, self.model = args, train_loader, model
-        self.parts = {"optimizer": optimizer, "scaler": scaler}
-        if scheduler is not None:
-            self.parts["scheduler"] = scheduler
+        self.optimizer, self.scheduler, self.after = optimizer, scheduler, after
+        self.parts = {"optimizer": optimizer, "scaler": scaler} | ({"scheduler": scheduler} if scheduler else {})
         self.folder = args.checkpoints / args.run
         self.rows = []  # of log.csv: one dict an epoch
         self.network = {  # what a file for inference says of the network, beside its weights
@@ -588,7 +633,7 @@ class Checkpoints:
             "--seed": args.seed,
             "data": train_loader.data.fingerprint(),
         }
-        if scheduler is not None:
+        if scheduler:
             self.recipe["--epochs"] = args.epochs
 
     def start(self):
@@ -596,18 +641,23 @@ class Checkpoints:
 
         After --evaluate, and for a run that is done, that epoch lies behind the last one: there is nothing to train.
         """
-        self.clock = time.monotonic()
-        args, last, previous = self.args, self.folder / "last.pt", self.folder / "last.previous.pt"
+        args, last = self.args, self.folder / "last.pt"
         if args.evaluate:
             path = last if args.evaluate is True else Path(args.evaluate)
             checkpoint = read_checkpoint(path)
             self.load_network(path, checkpoint)
             print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
             return args.epochs + 1
-        found = [path for path in (last, previous) if path.exists()]
+        found = self.resumable(self.folder)
         paths = found if args.resume is True else [Path(args.resume)] if args.resume else []
         if args.resume and not paths:
             print(f"no {last} to resume, starting the run", flush=True)
+        if self.after and not paths:
+            folder = self.folder.with_name(args.run.replace(args.script, self.after.replace(" --", "-")))
+            paths = self.resumable(folder)
+            if not paths:
+                command = self.after.replace(" ", ".py ")
+                raise UserError(f"no {folder / 'last.pt'}, from which {args.script} goes on; run {command} first")
         epoch = self.resume(paths) if paths else 1
         from_elsewhere = bool(paths) and paths[0].resolve().parent != self.folder.resolve()
         if found and (from_elsewhere or not paths):
@@ -616,9 +666,16 @@ class Checkpoints:
             self.folder.replace(kept)
             print(f"the run that was in {self.folder} is now in {kept}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if from_elsewhere and (best := paths[0].with_name("best.pt")).exists():
+        if from_elsewhere and self.rows and (best := paths[0].with_name("best.pt")).exists():
             shutil.copyfile(best, self.folder / "best.pt")  # the best so far, until a better epoch comes
+        self.clock, self.lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]  # those of the next epoch
+        self.saved = False
+        Interrupted.advice = f"; {args.resume_command} goes on after the last epoch that was saved"
         return epoch
+
+    @staticmethod
+    def resumable(folder):
+        return [path for path in (folder / "last.pt", folder / "last.previous.pt") if path.exists()]
 
     def resume(self, paths):
         """Loads the first of the files that is whole; returns the epoch after it. Raises UserError if none is ours."""
@@ -632,31 +689,46 @@ class Checkpoints:
                 print(f"{error}; taking the one before", flush=True)
         if "recipe" not in checkpoint:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
-        for key, ours in self.recipe.items():
-            theirs = checkpoint["recipe"].get(key)
+        epoch, recipe, rows = checkpoint["epoch"], checkpoint["recipe"], checkpoint["rows"]
+        must_agree, network = self.recipe, self.NETWORK
+        if " ".join([recipe["script"], *(flag for flag, value in recipe.items() if value is True)]) == self.after:
+            if epoch >= self.args.epochs:
+                raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
+            must_agree, rows = ("--batch-size", "--seed", "data"), []
+            network = ("model", "arguments", "classes")
+        for key in must_agree:
+            theirs, ours = recipe.get(key), self.recipe[key]
             if theirs != ours:
                 raise UserError(
                     f"{path} is of a run with {key} {theirs}, this one has {ours}; "
                     "make them agree, or start without --resume"
                 )
-        self.load_network(path, checkpoint)
+        self.load_network(path, checkpoint, network)
         for name, part in self.parts.items():
             if checkpoint[name]:  # that of a scaler is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
         if self.args.lr_given:
-            for group in self.parts["optimizer"].param_groups:
-                group["lr"] = self.args.lr
-        self.rows = checkpoint["rows"]
-        done = checkpoint["epoch"] >= self.args.epochs
-        print(f"resuming {path} after epoch {checkpoint['epoch']}" + ", which was the last" * done, flush=True)
+            self.change_lr(self.args.lr)
+        self.rows = rows
+        print(f"resuming {path} after epoch {epoch}{', which was the last' * (epoch >= self.args.epochs)}", flush=True)
         if path == self.folder / "last.previous.pt":
             path.replace(self.folder / "last.pt")  # or the next save would keep the damaged one as the one before
-        return checkpoint["epoch"] + 1
+        return epoch + 1
 
-    def load_network(self, path, checkpoint):
-        for key, ours in self.network.items():
-            theirs = checkpoint.get(key)
-            if theirs != ours and key != "data":
+    def change_lr(self, lr):
+        for group in self.optimizer.param_groups:
+            if self.scheduler:
+                group["lr"] *= lr / group["initial_lr"]
+                group["initial_lr"] = lr
+            else:
+                group["lr"] = lr
+        if self.scheduler:
+            self.scheduler.base_lrs = [lr for _ in self.scheduler.base_lrs]
+
+    def load_network(self, path, checkpoint, must_agree=NETWORK):
+        for key in must_agree:
+            theirs, ours = checkpoint.get(key), self.network[key]
+            if theirs != ours:
                 raise UserError(f"{path} holds a network with {key} {theirs}, this run's has {ours}")
         self.model.load_state_dict(checkpoint["weights"])
 
@@ -667,10 +739,10 @@ class Checkpoints:
             raise UserError(f"the weights are not finite after epoch {epoch}; take a lower --lr")
         now = time.monotonic()
         names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-        row = {"epoch": epoch, "lr": self.parts["optimizer"].param_groups[0]["lr"]}
+        row = {"epoch": epoch, "lr": self.lr}
         row |= dict(zip(names, (*train_metrics, *test_metrics), strict=True))
         self.rows.append(row | {"seconds": now - self.clock})
-        self.clock = now
+        self.clock, self.lr = now, self.optimizer.param_groups[0]["lr"]  # those of the next epoch
         is_best = self.best()["epoch"] == epoch
         state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
         terminal = sys.stdout.isatty()
@@ -684,6 +756,7 @@ class Checkpoints:
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"recipe": self.recipe, "rows": self.rows}
         write_checkpoint(self.folder / "last.pt", state, keep=self.folder / "last.previous.pt")
+        self.saved = True
         if not terminal:
             figures = [
                 f"{name} loss:{m[0]:.3f}, accuracy:{m[1]:.3f}, "
@@ -696,7 +769,7 @@ class Checkpoints:
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
     def finish(self, accuracy, per_class):
-        """Prints the table of `per_class_accuracy`, and writes run.json unless the run only evaluates."""
+        """Prints the table of `per_class_accuracy`, and writes run.json where this process has trained."""
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
@@ -706,10 +779,14 @@ class Checkpoints:
         best = self.best()
         print(f"Best epoch, chosen on the {kind} images: {best['epoch']} with {best['test_accuracy']:.1f} %")
         print(f"best.pt, last.pt, log.csv and run.json are in {self.folder}")
+        self.write_log()
+        if (self.folder / "run.json").exists() and not self.saved:
+            return  # a finished run that was resumed; its record says where and when it was trained
         record = {
             "run": self.args.run,
             "command": self.args.command,
-            "recipe": self.recipe | {"--epochs": self.args.epochs, "--lr": self.rows[0]["lr"]},
+            "recipe": self.recipe
+            | {"--epochs": self.args.epochs, "--lr": self.optimizer.param_groups[0].get("initial_lr", self.lr)},
             "data": self.loader.data.source,
             "accuracy": accuracy,
             "best_accuracy": best["test_accuracy"],
@@ -726,7 +803,6 @@ class Checkpoints:
             "commit": commit(),
             "epochs": self.rows,
         }
-        self.write_log()
         write_whole(self.folder / "run.json", json.dumps(record, indent=1).encode() + b"\n")
 
     def write_log(self):
@@ -754,8 +830,10 @@ def write_whole(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(new, path)
-    except OSError as error:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        if not isinstance(error, OSError):  # a signal, say
+            raise
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
 
 

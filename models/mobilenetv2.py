@@ -1,6 +1,5 @@
-"""torchvision's MobileNetV2 (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018), for 32x32."""
+"""torchvision's MobileNetV2 (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018)."""
 
-from torch import nn
 from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
 
 

@@ -1,0 +1,42 @@
+"""CIFAR-10, round 3: round 2's training goes on, with the images normalised by the dataset's own mean and std.
+
+python cifar10_r3.py --resume       # from cifar10_r2.py --crop the first time, from its own last epoch after that
+python cifar10_r3.py --evaluate     # only test
+"""
+
+import torch
+from torch import nn
+
+import utils
+from models import ResNet18
+
+EPOCHS = 70  # counted from the start of round 2, whose last they follow
+BATCH_SIZE = 128  # the usual one for a ResNet on CIFAR-10
+LR = 5e-4  # constant
+WEIGHT_DECAY = 0.2
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+
+
+def main():
+    parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
+    args = parser.parse_args()
+
+    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True)
+    torch.manual_seed(args.seed)
+    model = utils.to_device(ResNet18(num_classes=len(train_loader.classes)), args.device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
+
+    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, after="cifar10_r2 --crop")
+    for epoch in range(checkpoints.start(), args.epochs + 1):
+        train_metrics = utils.train(train_step, train_loader, epoch)
+        test_metrics = utils.test(model, test_loader, criterion, epoch)
+        checkpoints.save(epoch, train_metrics, test_metrics)
+    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+
+
+if __name__ == "__main__":
+    utils.run(main)

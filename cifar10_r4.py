@@ -1,0 +1,54 @@
+"""CIFAR-10, round 4: from scratch with a learning-rate schedule, then with a stem that fits images of 32x32.
+
+python cifar10_r4.py
+python cifar10_r4.py --stem cifar            # a first layer of 3x3 and stride 1 instead of 7x7 and stride 2
+python cifar10_r4.py --stem cifar-nopool     # and no max-pool after it: four times the computation
+python cifar10_r4.py --stem cifar --resume   # go on after an interruption
+python cifar10_r4.py --stem cifar --evaluate # only test
+"""
+
+import torch
+from torch import nn
+
+import utils
+from models import ResNet18
+
+EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}
+BATCH_SIZE = 256
+LR = 0.2  # at the peak of the schedule
+PEAK = 0.25  # where in the run that is
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+LABEL_SMOOTHING = 0.1
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+
+
+def main():
+    parser = utils.ArgumentParser(__doc__, epochs=None, batch_size=BATCH_SIZE, lr=LR)
+    parser.add_argument("--stem", choices=EPOCHS, default="imagenet", help="the first layers (default: %(default)s)")
+    args = parser.parse_args()
+    args.epochs = args.epochs or EPOCHS[args.stem]
+
+    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True)
+    torch.manual_seed(args.seed)
+    model = utils.to_device(ResNet18(num_classes=len(train_loader.classes), stem=args.stem), args.device)
+    criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
+
+    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)
+    for epoch in range(checkpoints.start(), args.epochs + 1):
+        train_metrics = utils.train(train_step, train_loader, epoch)
+        test_metrics = utils.test(model, test_loader, criterion, epoch)
+        scheduler.step()
+        checkpoints.save(epoch, train_metrics, test_metrics)
+    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+
+
+if __name__ == "__main__":
+    utils.run(main)

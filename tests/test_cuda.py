@@ -1,0 +1,106 @@
+"""The scripts and the training step on a GPU."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from models import MobileNetV2, ResNet18
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+R1, R2, R3, R4, MOBILENET = (
+    f"{name}.py" for name in ("cifar10_r1", "cifar10_r2", "cifar10_r3", "cifar10_r4", "train_mobilenetv2")
+)
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("precision", utils.DTYPES)
+@pytest.mark.parametrize("command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [MOBILENET]], ids=str)
+def test_every_script_trains_in_every_precision(script, folders, command, precision):
+    name, *flags = [*command, "--data", folders, "--batch-size", 8, "--precision", precision]
+    out = script(name, *flags, "--epochs", 2).stdout
+    assert f"on cuda in {precision}\n" in out and "\nepoch:2/2 " in out
+    if name == R2:
+        assert "\nepoch:3/3 " in script(R3, *flags[1:], "--epochs", 3, "--resume").stdout
+
+
+def test_from_cuda_to_the_cpu_and_back(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--lr", 0.02]
+    script(*flags, "--epochs", 2, "--device", "cuda")
+    script(*flags, "--epochs", 4, "--device", "cpu", "--resume")
+    out = script(*flags, "--epochs", 6, "--device", "cuda", "--resume").stdout
+    assert "after epoch 4\n" in out and "\nepoch:6/6 " in out
+    for device in ("cuda", "cpu"):
+        evaluated = script(*flags, "--evaluate", "--device", device).stdout
+        assert out[out.index("Accuracy") : out.index("Best")] == evaluated[evaluated.index("Accuracy") :]
+
+
+def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
+    """A TrainStep that has run some epochs on the synthetic images, and its loader."""
+    data, mean = utils.make_synthetic(), (0.5, 0.5, 0.5)
+    loader = utils.Loader(
+        data, "train", 128, mean=mean, std=mean, device=CUDA, dtype=utils.DTYPES[precision], flip=True, crop=True
+    )
+    torch.manual_seed(0)
+    model = utils.to_device(model(), CUDA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, scaler)
+    step.WARM_UP = warm_up
+    for epoch in range(1, epochs + 1):
+        utils.train(step, loader, epoch)
+    return step, loader
+
+
+@pytest.mark.parametrize("model, precision", [(ResNet18, "bf16"), (ResNet18, "fp32"), (MobileNetV2, "fp16")])
+def test_a_captured_step_is_the_step(monkeypatch, model, precision):
+    """The same weights to the last bit, dropout and the scaler's skipped steps included, in little more memory."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    weights, memory = [], []
+    for warm_up in (10**9, utils.TrainStep.WARM_UP):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step, _ = trained(model, precision, warm_up)
+        assert len(step.graphs) == (0 if warm_up == 10**9 else 2)  # batches of 126 and 127
+        weights.append(nn.utils.parameters_to_vector(step.model.parameters()).detach().clone())
+        memory.append(torch.cuda.max_memory_reserved())
+        del step
+    assert torch.equal(*weights)
+    assert memory[1] < 1.5 * memory[0]
+
+
+def test_nothing_waits_for_the_gpu_inside_an_epoch(monkeypatch):
+    step, loader = trained(ResNet18, "bf16", epochs=1)
+    monkeypatch.setattr(utils.Meter, "REFRESH", 1e9)
+    read = utils.Meter.read
+
+    def read_at_the_end(meter):
+        torch.cuda.set_sync_debug_mode("default")
+        assert meter.seen == len(loader.labels)
+        return read(meter)
+
+    monkeypatch.setattr(utils.Meter, "read", read_at_the_end)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        utils.train(step, loader, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_memory_is_one_line(refused):
+    line = refused(
+        R4,
+        "--data",
+        "synthetic",
+        "--stem",
+        "cifar-nopool",
+        "--batch-size",
+        10_000,
+        "--precision",
+        "fp32",
+        "--epochs",
+        1,
+    )
+    assert re.search("error: CUDA out of memory; take a smaller --batch-size", line)
