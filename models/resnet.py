@@ -17,7 +17,7 @@ class Conv2d(nn.Conv2d):
         pixels = x.shape[2] * x.shape[3]
         if pixels > 4 or x.device.type != "cpu":
             return super().forward(x)
-        one_hot = torch.eye(pixels).view(pixels, 1, *x.shape[2:])
+        one_hot = torch.eye(pixels, dtype=x.dtype).view(pixels, 1, *x.shape[2:])
         sees = F.unfold(one_hot, self.kernel_size, padding=self.padding, stride=self.stride)  # (pixel, tap, output)
         weight = torch.einsum("oct,pty->oycp", self.weight.flatten(2), sees).flatten(2).flatten(0, 1)
         side = round(sees.shape[2] ** 0.5)
@@ -27,10 +27,10 @@ class Conv2d(nn.Conv2d):
 class Block(BasicBlock):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ("conv1", "conv2"):
+        for name in ("conv1", "conv2"):  # ResNet initialises them, as it does torchvision's own
             conv = getattr(self, name)
-            conv = Conv2d(conv.in_channels, conv.out_channels, 3, stride=conv.stride, padding=1, bias=False)
-            setattr(self, name, conv)
+            sizes = {"kernel_size": 3, "stride": conv.stride, "padding": 1, "bias": False}
+            setattr(self, name, nn.utils.skip_init(Conv2d, conv.in_channels, conv.out_channels, **sizes))
 
 
 class ResNet18(ResNet):

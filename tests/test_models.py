@@ -4,7 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from models import ResNet18, TutorialCNN
+from models import MobileNetV2, ResNet18, TutorialCNN
+from models.resnet import Conv2d
 
 
 def count(model):
@@ -23,8 +24,41 @@ def test_resnet18_is_torchvisions():
     theirs = torchvision.models.resnet18(num_classes=10).eval()
     torch.manual_seed(0)
     ours = ResNet18(num_classes=10).eval()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(ours(images), theirs(images))
+    theirs_state, our_state = theirs.state_dict(), ours.state_dict()
+    assert theirs_state.keys() == our_state.keys()
+    assert all(torch.equal(theirs_state[key], our_state[key]) for key in our_state)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_is_torchs(side, stride):
+    """Output and gradients, on the small maps where it is computed another way, and on one where it is not."""
+    theirs = torch.nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
+    ours = Conv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(6, 5, side, side, dtype=torch.double, requires_grad=True)
+    outputs = [conv(images) for conv in (theirs, ours)]
+    torch.testing.assert_close(*outputs)
+    seed = torch.randn_like(outputs[0])
+    for one, other in zip(
+        *(
+            torch.autograd.grad(out, (images, conv.weight), seed)
+            for out, conv in zip(outputs, (theirs, ours), strict=True)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_mobilenetv2_is_torchvisions_without_two_strides():
+    theirs, ours = torchvision.models.mobilenet_v2(num_classes=10), MobileNetV2(num_classes=10)
+    assert theirs.state_dict().keys() == ours.state_dict().keys() and count(theirs) == count(ours)
+    seen = []
+    ours.features[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert ours(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert seen == [(2, 1280, 4, 4)]
 
 
 @pytest.mark.parametrize("stem, size", [("imagenet", 8), ("cifar", 16), ("cifar-nopool", 32)])
