@@ -20,6 +20,7 @@ PEAK = 0.25  # where in the run that is
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
+CUTOUT = 8  # pixels; without it the cifar stem learns the training images by heart
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
 
@@ -30,7 +31,7 @@ def main():
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS[args.stem]
 
-    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True)
+    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True, cutout=CUTOUT)
     torch.manual_seed(args.seed)
     model = utils.to_device(ResNet18(num_classes=len(train_loader.classes), stem=args.stem), args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)

@@ -357,14 +357,14 @@ def make_synthetic():
 # ---------------------------------------------------------------------------------------------------- loader
 
 
-def dataloaders(args, mean, std, flip=False, crop=False):
-    """The training and the test Loader of `args.data`; `flip` and `crop` augment the training images. Raises UserError.
+def dataloaders(args, mean, std, flip=False, crop=False, cutout=0):
+    """The training and the test Loader of `args.data`; the last three augment the training images. Raises UserError.
 
-    mean, std: of the channels of an image with values from 0 to 1.
+    mean, std: of the channels of an image with values from 0 to 1; flip, crop, cutout: see Loader.
     """
     data = load_data(args.data)
     common = {"mean": mean, "std": std, "device": args.device, "dtype": DTYPES[args.precision]}
-    train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, **common)
+    train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, cutout=cutout, **common)
     test_loader = Loader(data, "test", 500, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
     print(f"{images} of {len(data.classes)} classes ({data.source}), on {args.device} in {args.precision}", flush=True)
@@ -376,13 +376,14 @@ class Loader:
 
     Images come normalised, as `dtype`, labels as int64; those for training in random order. With `crop`, each image is
     a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is mirrored, as
-    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. What an epoch draws depends on
-    (seed, epoch) alone: `set_epoch` says which.
+    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. `cutout` greys a square of that side
+    around a random pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+    2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which.
     """
 
     CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
 
-    def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False):
+    def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False, cutout=0):
         images, labels = (
             (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
         )
@@ -392,7 +393,7 @@ class Loader:
         self.shift, self.scale = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self.device, self.dtype = device, dtype
         self.seed, self.epoch, self.shuffle = seed, 0, split == "train"
-        self.flip, self.crop = flip, crop
+        self.flip, self.crop, self.cutout = flip, crop, cutout
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         batches = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
@@ -410,7 +411,9 @@ class Loader:
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         flips = torch.randint(2, (n,), generator=generator).bool()
         rows, columns = torch.randint(9, (2, n), generator=generator)
-        draws = [draw.to(self.device, non_blocking=True) for draw in (order, flips, rows, columns)]
+        cut_rows, cut_columns = torch.randint(32, (2, n), generator=generator)
+        draws = (order, flips, rows, columns, cut_rows, cut_columns)
+        draws = [draw.to(self.device, non_blocking=True) for draw in draws]
         per_chunk, start = math.ceil(self.CHUNK / self.batch_sizes[0]), 0
         for first in range(0, len(self), per_chunk):
             sizes = self.batch_sizes[first : first + per_chunk]
@@ -419,14 +422,19 @@ class Loader:
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
             start = stop
 
-    def chunk(self, order, flips, rows, columns):
+    def chunk(self, order, flips, rows, columns, cut_rows, cut_columns):
         images = self.images[order]
         if self.crop:
             windows = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (n, 3, 9, 9, 32, 32), a view
             images = windows[torch.arange(len(order), device=self.device), :, rows, columns]
         if self.flip:
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        return images.float().sub_(self.shift).div_(self.scale).to(self.dtype), self.labels[order]
+        images = images.float().sub_(self.shift).div_(self.scale).to(self.dtype)
+        if self.cutout:
+            pixel, half = torch.arange(32, device=self.device), self.cutout // 2
+            in_row, in_column = ((pixel - c[:, None] + half) // self.cutout == 0 for c in (cut_rows, cut_columns))
+            images.masked_fill_((in_row[:, :, None] & in_column[:, None, :])[:, None], 0)
+        return images, self.labels[order]
 
 
 def epoch_seed(seed, epoch):

@@ -1,9 +1,12 @@
 """Fixtures: the scripts as a user runs them, and folders of images to run them on."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,16 +15,44 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
 
+# Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
+os.environ["PYTHONPATH"] = str(ROOT)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torchvision", "utils", "models"])
+
+
+def as_a_process(path, flags, folder):
+    """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"../{folder.name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+
 
 @pytest.fixture
-def script(tmp_path):
-    """Runs a script in a folder of its own; returns the finished process, with its output as text."""
+def start(tmp_path):
+    """Starts a script in a folder of its own; returns the process, a multiprocessing.Process."""
+
+    def start(name, *flags):
+        process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), [*map(str, flags)], tmp_path))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def script(start, tmp_path):
+    """Runs a script in that folder to its end; returns its `stdout` and its `stderr` as text."""
 
     def run(name, *flags, status=0):
-        command = [sys.executable, str(ROOT / name), *map(str, flags)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == status, done.stderr
-        return done
+        process = start(name, *flags)
+        process.join(300)
+        texts = {name: tmp_path.with_name(f"{tmp_path.name}.{name}").read_text() for name in ("stdout", "stderr")}
+        assert process.exitcode == status, texts["stderr"]
+        return SimpleNamespace(**texts)
 
     return run
 

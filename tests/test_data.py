@@ -237,6 +237,20 @@ def test_flip_and_crop_alone(flip, crop):
             assert kept or (flip and mirrored) or crop
 
 
+def test_cutout_is_a_square_around_a_random_pixel():
+    n = 4096
+    loader = make_loader(n, batch_size=256, cutout=8)
+    loader.images[:] = 255
+    holes = torch.cat([images for images, _ in loader])[:, 0] == 0
+    centres = set()
+    for hole in holes:
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert hole.sum() == len(rows) * len(columns) and len(rows) <= 8 and len(columns) <= 8
+        centres.add((rows[0].item(), columns[0].item()))
+    assert len(centres) > 500  # of 28 * 28
+    assert holes[:, 8:-8, 8:-8].float().mean() == pytest.approx(64 / 32**2, rel=0.1)  # a pixel's share of the squares
+
+
 def test_normalisation_is_torchvisions():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     loader = make_loader(mean=mean, std=std)

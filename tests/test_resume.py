@@ -1,0 +1,131 @@
+"""Runs that are cut off and go on."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import time
+
+import pytest
+import torch
+from test_scripts import log, same_weights
+
+R1, R2, R3, R4, MOBILENET = (
+    f"{name}.py" for name in ("cifar10_r1", "cifar10_r2", "cifar10_r3", "cifar10_r4", "train_mobilenetv2")
+)
+
+
+def wait_for_a_save(process, last):
+    """Returns once the process has saved an epoch, or has ended."""
+    before = last.stat().st_mtime_ns if last.exists() else None
+    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [MOBILENET]],
+    ids=" ".join,
+)
+def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_path, folders, command):
+    name, *flags = [*command, "--data", folders, "--batch-size", 30, "--lr", 0.01, "--epochs", 5, "--resume"]
+    script(name, *flags, "--checkpoints", "whole")
+    (whole,) = (tmp_path / "whole").iterdir()
+    epoch_seconds = json.loads((whole / "run.json").read_text())["seconds"] / 5
+    parts, moments = tmp_path / "parts" / whole.name, random.Random(0)
+    for kill in range(3):
+        process = start(name, *flags, "--checkpoints", "parts")
+        wait_for_a_save(process, parts / "last.pt")
+        time.sleep(moments.uniform(0, epoch_seconds))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert ("resuming parts/" in tmp_path.with_name(f"{tmp_path.name}.stdout").read_text()) == (kill > 0)
+    assert re.search(r"resuming parts/.* after epoch [345]\b", script(name, *flags, "--checkpoints", "parts").stdout)
+    assert same_weights(whole / "last.pt", parts / "last.pt") and same_weights(whole / "best.pt", parts / "best.pt")
+    assert log(whole) == log(parts)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (whole, parts)]
+    for key in ("accuracy", "best_accuracy", "best_epoch", "per_class"):
+        assert records[0][key] == records[1][key]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_one_line(start, script, tmp_path, folders, number):
+    process = start(R4, "--data", folders, "--batch-size", 30, "--lr", 0.02, "--epochs", 6)
+    folder = tmp_path / "checkpoints/cifar10_r4"
+    wait_for_a_save(process, folder / "last.pt")
+    os.kill(process.pid, number)
+    process.join()
+    line = tmp_path.with_name(f"{tmp_path.name}.stderr").read_text()
+    assert process.exitcode == 128 + number and line.count("\n") == 1
+    assert not list(folder.glob("*.new"))
+    command = re.fullmatch(rf"cifar10_r4.py: ended by {number.name}; python (.* --resume) goes on after .*\n", line)[1]
+    assert "resuming checkpoints/cifar10_r4/last.pt after epoch" in script(R4, *shlex.split(command)[1:]).stdout
+    assert [row["epoch"] for row in log(folder)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_a_rate_given_to_a_schedule_scales_it(start, script, tmp_path, folders):
+    flags = [R4, "--data", folders, "--batch-size", 30, "--epochs", 4]
+    folder = tmp_path / "checkpoints/cifar10_r4"
+    process = start(*flags, "--lr", 0.02)
+    wait_for_a_save(process, folder / "last.pt")
+    process.terminate()
+    process.join()
+    done = torch.load(folder / "last.pt", weights_only=True)["epoch"]
+    script(*flags, "--lr", 0.002, "--resume")
+    factors = [0.5, 5 / 6, 3 / 6, 1 / 6]  # of the middles of four epochs, with the peak after the first
+    rates = [0.02 * factor for factor in factors[:done]] + [0.002 * factor for factor in factors[done:]]
+    assert [float(row["lr"]) for row in log(folder)] == pytest.approx(rates)
+
+
+def test_a_schedule_is_not_made_longer(refused, script, folders):
+    flags = [R4, "--data", folders, "--batch-size", 30]
+    script(*flags, "--epochs", 1)
+    assert "is of a run with --epochs 1, this one has 2" in refused(*flags, "--epochs", 2, "--resume")
+
+
+def test_the_best_accuracy_is_not_forgotten(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--lr", 0.02]
+    script(*flags, "--epochs", 8)
+    best = tmp_path / "checkpoints/cifar10_r1/best.pt"
+    before = best.read_bytes()
+    assert torch.load(best, weights_only=True)["accuracy"] > 50
+    out = script(*flags, "--epochs", 9, "--lr", 1, "--resume").stdout
+    assert "saved as the best" not in out and best.read_bytes() == before
+
+
+def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
+    flags = ["--data", folders, "--batch-size", 30, "--epochs"]
+    line = refused(R3, *flags, 9, "--resume")
+    assert (
+        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run cifar10_r2.py --crop first" in line
+    )
+    script(R2, *flags, 2, "--crop")
+    r2, r3 = tmp_path / "checkpoints/cifar10_r2-crop", tmp_path / "checkpoints/cifar10_r3"
+    before = {path.name: path.read_bytes() for path in r2.iterdir()}
+    assert "has 2 epochs behind it already; take more --epochs than that" in refused(R3, *flags, 2, "--resume")
+    out = script(R3, *flags, 4, "--resume").stdout
+    assert "no checkpoints/cifar10_r3/last.pt to resume, starting the run\n" in out
+    assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
+    first = (r3 / "log.csv").read_bytes()
+    assert "resuming checkpoints/cifar10_r3/last.pt after epoch 4\n" in script(R3, *flags, 5, "--resume").stdout
+    assert [row["epoch"] for row in log(r3)] == ["3", "4", "5"]
+    best = torch.load(r3 / "best.pt", weights_only=True)
+    assert best["mean"] == [0.4914, 0.4822, 0.4465] and best["epoch"] > 2
+    out = script(R3, *flags, 4).stdout  # without --resume it is that experiment again, from r2's last epoch
+    assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
+    assert "the run that was in checkpoints/cifar10_r3 is now in checkpoints/cifar10_r3.previous\n" in out
+    assert re.sub(rb"[^,]*\n", b"\n", first) == re.sub(rb"[^,]*\n", b"\n", (r3 / "log.csv").read_bytes())
+    assert before == {path.name: path.read_bytes() for path in r2.iterdir()}
+    assert "--seed 0, this one has 1" in refused(R3, *flags, 9, "--seed", 1, "--resume", r2 / "last.pt")
+
+
+def test_a_finished_runs_record_stays(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs", 1, "--resume"]
+    script(*flags)
+    record = tmp_path / "checkpoints/cifar10_r1/run.json"
+    before = record.read_bytes()
+    script(*flags, "--precision", "bf16")
+    assert record.read_bytes() == before
