@@ -83,16 +83,26 @@ def interrupt(number, frame):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
+    """argparse's parser; a mistake gets one line and exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class ArgumentParser(CommandLine):
     """The flags that every training script has, with the script's own recipe as their defaults.
 
     A script adds the flags of its experiment with `add_argument`; together with the script's name they name the run.
     """
 
     def __init__(self, description, *, epochs, batch_size, lr, precision="auto"):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description)
         add = self.add_argument
         add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
         add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or 'by --stem'})")
@@ -108,9 +118,6 @@ class ArgumentParser(argparse.ArgumentParser):
         add("--evaluate", nargs="?", const=True, metavar="FILE", help="only test this run's last.pt, or FILE")
         self.recipe_lr = lr
         self.common = {action.dest for action in self._actions}
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_args(self, argv=None):
         """The parsed flags, `device` as a torch.device and `precision` as a key of DTYPES, and beside them

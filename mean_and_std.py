@@ -1,0 +1,156 @@
+"""Where the mean and the std that images are normalised with come from.
+
+python mean_and_std.py                        # of CIFAR-10's training images, in the folder data
+python mean_and_std.py --plot histograms.png  # and a picture of what the normalisation does
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torchvision.transforms.v2 import functional as images
+
+import utils
+
+
+class Statistics(NamedTuple):
+    """Of the channels of a dataset whose values go from 0 to 1; three float64 tensors of shape (channels,).
+
+    mean: the mean over images of each image's own mean; std: the mean over images of each image's own std (n - 1);
+    pixel_std: the std over all pixels of all images.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    pixel_std: torch.Tensor
+
+
+def get_mean_and_std(dataset):
+    """The mean over images of each image's mean, and of each image's std (n - 1): two tensors of shape (channels,).
+
+    See `get_statistics` for what `dataset` may be.
+    """
+    statistics = get_statistics(dataset)
+    return statistics.mean.float(), statistics.std.float()
+
+
+def get_statistics(dataset):
+    """The Statistics of a dataset, in one pass over it, accumulated in float64.
+
+    dataset: a map-style dataset of (image, label), or images alone as one uint8 tensor of shape (N, C, H, W). An image
+    is a PIL image, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W); sizes may differ. Values of
+    an integer type are divided by the largest one of the type, floats are taken as they are.
+
+    Raises UserError, which names the first such image, if one has other channels than those before, has a single
+    pixel and so no std, or holds a value that is not finite, and if there is no image.
+    """
+    if len(dataset) == 0:
+        raise utils.UserError("the dataset is empty; mean and std need an image or more")
+    if isinstance(dataset, torch.Tensor) and dataset.dtype == torch.uint8:
+        pixels, means, squares = dataset[0, 0].numel(), *moments_of_uint8(dataset)
+    else:
+        pixels, means, squares = moments_of_images(dataset)
+    if (bad := (torch.as_tensor(pixels) == 1).nonzero()).numel():
+        raise utils.UserError(f"image {bad[0].item()} has a single pixel, and so no std; take it out")
+    mean = means.mean(0)
+    pixels = torch.as_tensor(pixels, dtype=torch.double).expand(len(means))[:, None]
+    deviation = means - (pixels * means).sum(0) / pixels.sum()  # of each image's mean from that over all pixels
+    pixel_std = ((squares + pixels * deviation**2).sum(0) / pixels.sum()).sqrt()
+    return Statistics(mean, (squares / (pixels - 1)).sqrt().mean(0), pixel_std)
+
+
+def moments_of_uint8(tensor):
+    """Each image's means and sums of squared deviations, float64 of shape (N, C), exact up to their last rounding."""
+    n, channels, height, width = tensor.shape
+    sums, squares = (torch.empty(n, channels, dtype=torch.double) for _ in range(2))
+    for start in range(0, n, 128):  # images that fit into the cache as floats
+        # A float32 holds every sum of 256 squares of 8 bits: 256 * 255**2 < 2**24.
+        values = tensor[start : start + 128].flatten(2).float()
+        parts = values.split(256, dim=2)
+        sums[start : start + 128] = sum(part.sum(2).double() for part in parts)
+        squares[start : start + 128] = sum(part.square().sum(2).double() for part in parts)
+    pixels = height * width
+    return sums / pixels / 255, (pixels * squares - sums**2) / pixels / 255**2
+
+
+def moments_of_images(dataset):
+    """The number of pixels of each image, and the moments as above."""
+    pixels, means, squares = [], [], []
+    for i in utils.progress_bar(range(len(dataset)), desc="mean and std", leave=False):
+        image = dataset[i] if isinstance(dataset, torch.Tensor) else dataset[i][0]
+        image = image if isinstance(image, torch.Tensor) else images.to_image(image)
+        image = images.to_dtype(image, torch.double, scale=True).flatten(1)
+        if means and len(image) != len(means[0]):
+            raise utils.UserError(f"image {i} has {len(image)} channels, those before have {len(means[0])}")
+        if not image.isfinite().all():
+            raise utils.UserError(f"image {i} holds a value that is not finite; repair it or take it out")
+        means.append(image.mean(1))
+        squares.append((image - means[-1][:, None]).square().sum(1))
+        pixels.append(image.shape[1])
+    return torch.tensor(pixels), torch.stack(means), torch.stack(squares)
+
+
+def plot(tensor, mean, std, path):
+    """Draws the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
+    import matplotlib.pyplot as plt  # takes a second, which only this needs
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
+    for channel, (name, (color, line)) in enumerate(styles.items()):
+        count = torch.bincount(tensor[:, channel].flatten(), minlength=256)
+        share = 100 * count / count.sum()
+        value, m, s = torch.arange(256) / 255, mean[channel].item(), std[channel].item()
+        for axis, x, (centre, width) in (
+            (axes[0], value, (m, s)),
+            (axes[1], (value - m) / s, (0, 1)),
+        ):
+            axis.plot(x, share, line, color=color, linewidth=1.2, label=f"{name}: mean {m:.4f}, std {s:.4f}")
+            height = -0.03 - 0.03 * channel  # below the axis, a line a channel: the mean and one std to both sides
+            axis.errorbar(centre, height, xerr=width, fmt="o", color=color, markersize=4, capsize=3)
+    axes[0].set(xlabel="value of the pixel", ylabel="share of the pixels, in percent", title="before: from 0 to 1")
+    axes[0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes[0].set_ylim(bottom=-0.14)
+    axes[0].text(-0.03, -0.06, "mean, and one std\nto both sides", va="center")
+    axes[1].set(xlabel="(value - mean) / std", title="after: mean 0, and one std is 1")
+    axes[0].legend(loc="upper left", frameon=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # a suffix that is no picture's
+        raise utils.UserError(f"--plot {path}: {error}") from None
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms into this file")
+    args = parser.parse_args()
+    data = utils.load_data(args.data)
+    statistics = get_statistics(data.train_images)
+    print("mean, std of trainset:", statistics.mean.float(), statistics.std.float())
+    print()
+    for name, values, what in (
+        ("mean", statistics.mean, "the mean over all pixels, which is also the mean of the images' means."),
+        (
+            "std",
+            statistics.std,
+            "each image's own std, averaged: how much the pixels of one image differ from one another.",
+        ),
+        (
+            "std",
+            statistics.pixel_std,
+            "the std over all pixels of all images: larger, since images differ in brightness too.",
+        ),
+    ):
+        print(f"{name:4} {' '.join(f'{value:.8f}' for value in values)}  {what}")
+    print()
+    print(
+        "cifar10_r3.py and what follows take the first std, the one that most CIFAR-10 code has, so that figures can be"
+    )
+    print("compared. Only with the second do the normalised pixels have a std of 1; a network trains with either.")
+    if args.plot:
+        plot(data.train_images, statistics.mean, statistics.std, args.plot)
+        print(f"the histograms are in {args.plot}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

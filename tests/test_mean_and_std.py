@@ -1,0 +1,102 @@
+"""mean_and_std.py: the definition, the datasets it takes, what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from mean_and_std import get_mean_and_std, get_statistics
+
+RNG = np.random.default_rng(0)
+PICTURES = [RNG.integers(0, 256, (height, width, 3), np.uint8) // (i + 1) for i, (height, width) in enumerate(
+    [(32, 32), (7, 50), (1, 2), (64, 3)]
+)]  # fmt: skip
+
+
+def by_definition(arrays):
+    """mean, std, pixel_std of arrays (height, width, channels) with values from 0 to 1, in float64."""
+    flat = [array.reshape(-1, array.shape[-1]).astype(np.float64) for array in arrays]
+    return (
+        np.mean([pixels.mean(0) for pixels in flat], 0),
+        np.mean([pixels.std(0, ddof=1) for pixels in flat], 0),
+        np.concatenate(flat).std(0),
+    )
+
+
+def check(dataset, arrays):
+    for ours, theirs in zip(get_statistics(dataset), by_definition(arrays), strict=True):
+        assert ours.dtype == torch.float64
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-9)
+    for ours, theirs in zip(get_mean_and_std(dataset), by_definition(arrays), strict=False):
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        Image.fromarray,
+        lambda array: array,
+        lambda array: array / 255,
+        lambda array: torch.from_numpy(array).permute(2, 0, 1),
+        lambda array: torch.from_numpy(array).permute(2, 0, 1).double() / 255,
+    ],
+    ids=["PIL", "uint8 array", "float array", "uint8 tensor", "float tensor"],
+)
+def test_images_of_any_kind_and_size(convert):
+    check([(convert(array), 0) for array in PICTURES], [array / 255 for array in PICTURES])
+
+
+def test_grey_images():
+    grey = [array[:, :, :1] for array in PICTURES]
+    for dataset in ([(Image.fromarray(array[:, :, 0]), 0) for array in grey], [(array[:, :, 0], 0) for array in grey]):
+        check(dataset, [array / 255 for array in grey])
+
+
+@pytest.mark.parametrize("value", [None, 0, 254, 255], ids=str)
+@pytest.mark.parametrize("shape", [(300, 3, 32, 32), (3, 1, 5, 61)], ids=str)
+def test_the_repositorys_own_tensors(shape, value):
+    images = torch.from_numpy(RNG.integers(0, 256, shape, np.uint8))
+    if value is not None:  # nearly constant, where cancellation would show
+        images = torch.where(images == 7, value ^ 1, value).to(torch.uint8)
+    check(images, [image.permute(1, 2, 0).numpy() / 255 for image in images])
+
+
+@pytest.mark.parametrize(
+    "dataset, words",
+    [
+        ([], "the dataset is empty"),
+        (torch.empty(0, 3, 32, 32, dtype=torch.uint8), "the dataset is empty"),
+        (
+            [(PICTURES[0], 0), (PICTURES[1][:, :, 0], 0), (PICTURES[2], 0)],
+            "image 1 has 1 channels, those before have 3",
+        ),
+        ([(torch.rand(3, 4, 4), 0), (torch.full((3, 4, 4), torch.nan), 0)], "image 1 holds a value that is not finite"),
+        ([(PICTURES[0], 0), (PICTURES[0], 0), (PICTURES[0][:1, :1], 0)], "image 2 has a single pixel"),
+    ],
+)
+def test_what_it_refuses(dataset, words):
+    with pytest.raises(utils.UserError, match=words):
+        get_statistics(dataset)
+
+
+def test_the_script(script, refused, tmp_path, folders):
+    flags = ["mean_and_std.py", "--data", folders]
+    out = script(*flags, "--plot", "histograms.png").stdout.splitlines()
+    assert out[0].startswith("mean, std of trainset: tensor([0.") and out[-1] == "the histograms are in histograms.png"
+    with Image.open(tmp_path / "histograms.png") as picture:
+        assert picture.width > 1000
+    assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
+    assert "--plot histograms.xyz" in refused(*flags, "--plot", "histograms.xyz")
+
+
+def test_cifar10(script, cifar10):
+    """To all the digits that are published."""
+    out = script("mean_and_std.py", "--data", cifar10).stdout
+    assert "mean, std of trainset: tensor([0.4914, 0.4822, 0.4465]) tensor([0.2023, 0.1994, 0.2010])\n" in out
+    for published in (
+        "\nmean 0.49139968 0.48215841 0.44653091 ",
+        "\nstd  0.20230092 0.19941281 0.20096161 ",
+        "\nstd  0.24703223 0.24348513 0.26158784 ",
+    ):
+        assert published in out
