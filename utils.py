@@ -795,6 +795,7 @@ class Checkpoints:
         self.optimizer, self.scheduler, self.after = optimizer, scheduler, after
         self.parts = {"optimizer": optimizer, "scaler": scaler} | ({"scheduler": scheduler} if scheduler else {})
         self.folder = args.checkpoints / args.run
+        self.lock = None  # on the folder, once the run writes into it
         self.rows = []  # of log.csv: one dict an epoch
         self.network = {  # what a file for inference says of the network, beside its weights
             "model": type(model).__name__,
@@ -826,6 +827,8 @@ class Checkpoints:
             self.load_network(path, checkpoint)
             print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
             return args.epochs + 1
+        if self.folder.exists():
+            self.claim()
         found = self.resumable(self.folder)
         paths = found if args.resume is True else [Path(args.resume)] if args.resume else []
         if args.resume and not paths:
@@ -842,14 +845,30 @@ class Checkpoints:
             kept = self.folder.with_name(f"{args.run}.previous")
             shutil.rmtree(kept, ignore_errors=True)
             self.folder.replace(kept)
+            self.lock = None  # it went with the folder
             print(f"the run that was in {self.folder} is now in {kept}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.lock:
+            self.claim()
+        for left in self.folder.glob("*.new"):  # by a process that was killed as it wrote
+            left.unlink()
         if from_elsewhere and self.rows and (best := paths[0].with_name("best.pt")).exists():
             shutil.copyfile(best, self.folder / "best.pt")  # the best so far, until a better epoch comes
         self.clock, self.lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]  # those of the next epoch
         self.saved = False
         Interrupted.advice = f"; {args.resume_command} goes on after the last epoch that was saved"
         return epoch
+
+    def claim(self):
+        """Takes hold of the folder until the process ends. Raises UserError if another one has it."""
+        lock, owner = FileLock(self.folder / ".lock"), self.folder / ".pid"  # a killed process lets go of a FileLock
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = f"process {owner.read_text()}" if owner.exists() else "another process"
+            raise UserError(f"{self.folder} is in use by {who}; wait for it, or take other --checkpoints") from None
+        owner.write_text(str(os.getpid()))
+        self.lock = lock
 
     @staticmethod
     def resumable(folder):

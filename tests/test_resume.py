@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from conftest import write_images
 from test_scripts import log, same_weights
 
 R1, R2, R3, R4, MOBILENET = (
@@ -29,8 +30,9 @@ def wait_for_a_save(process, last):
     [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [MOBILENET]],
     ids=" ".join,
 )
-def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_path, folders, command):
-    name, *flags = [*command, "--data", folders, "--batch-size", 30, "--lr", 0.01, "--epochs", 5, "--resume"]
+def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_path, command):
+    write_images(tmp_path / "data", train=8, test=4)
+    name, *flags = [*command, "--batch-size", 12, "--lr", 0.01, "--epochs", 5, "--resume"]
     script(name, *flags, "--checkpoints", "whole")
     (whole,) = (tmp_path / "whole").iterdir()
     epoch_seconds = json.loads((whole / "run.json").read_text())["seconds"] / 5
@@ -84,6 +86,18 @@ def test_a_schedule_is_not_made_longer(refused, script, folders):
     flags = [R4, "--data", folders, "--batch-size", 30]
     script(*flags, "--epochs", 1)
     assert "is of a run with --epochs 1, this one has 2" in refused(*flags, "--epochs", 2, "--resume")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(start, refused, script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs"]
+    first = start(*flags, 100_000)
+    wait_for_a_save(first, tmp_path / "checkpoints/cifar10_r1/last.pt")
+    line = refused(*flags, 2)
+    assert f"checkpoints/cifar10_r1 is in use by process {first.pid}; wait for it, or take other --checkpoints" in line
+    script(*flags, 2, "--evaluate")  # reading is no harm
+    first.kill()
+    first.join()
+    script(*flags, 2)  # and a killed run's lock is none
 
 
 def test_the_best_accuracy_is_not_forgotten(script, tmp_path, folders):
