@@ -18,9 +18,9 @@ BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
 PEAK = 0.25  # where in the run that is
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
+WEIGHT_DECAY = 5e-4  # with SGD and Nesterov momentum the usual ones for a ResNet on CIFAR-10
 LABEL_SMOOTHING = 0.1
-CUTOUT = 8  # pixels; without it the cifar stem learns the training images by heart
+CUTOUT = 8  # pixels; with label smoothing, against learning the training images by heart
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
 
@@ -43,7 +43,8 @@ def main():
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)
-    for epoch in range(checkpoints.start(), args.epochs + 1):
+    first_epoch = checkpoints.start()  # 1, or the one that --resume goes on with
+    for epoch in range(first_epoch, args.epochs + 1):
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()

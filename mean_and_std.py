@@ -50,10 +50,11 @@ def get_statistics(dataset):
         pixels, means, squares = dataset[0, 0].numel(), *moments_of_uint8(dataset)
     else:
         pixels, means, squares = moments_of_images(dataset)
-    if (bad := (torch.as_tensor(pixels) == 1).nonzero()).numel():
-        raise utils.UserError(f"image {bad[0].item()} has a single pixel, and so no std; take it out")
     mean = means.mean(0)
     pixels = torch.as_tensor(pixels, dtype=torch.double).expand(len(means))[:, None]
+    if (pixels == 1).any():
+        single = (pixels == 1).flatten().nonzero()[0].item()
+        raise utils.UserError(f"image {single} has a single pixel, and so no std; take it out")
     deviation = means - (pixels * means).sum(0) / pixels.sum()  # of each image's mean from that over all pixels
     pixel_std = ((squares + pixels * deviation**2).sum(0) / pixels.sum()).sqrt()
     return Statistics(mean, (squares / (pixels - 1)).sqrt().mean(0), pixel_std)
@@ -124,6 +125,8 @@ def main():
     parser.add_argument("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
+    if args.plot and not args.plot.suffix:
+        parser.error(f"--plot {args.plot} needs a suffix that says the kind of picture, such as .png")
     data = utils.load_data(args.data)
     statistics = get_statistics(data.train_images)
     print("mean, std of trainset:", statistics.mean.float(), statistics.std.float())

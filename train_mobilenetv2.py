@@ -1,4 +1,4 @@
-"""CIFAR-10, MobileNetV2: round 4's training of a network made for telephones, a fifth of ResNet-18's size.
+"""CIFAR-10, MobileNetV2: a network made for telephones, a fifth of ResNet-18's size, trained much as in round 4.
 
 python train_mobilenetv2.py
 python train_mobilenetv2.py --resume     # go on after an interruption
@@ -38,7 +38,8 @@ def main():
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)
-    for epoch in range(checkpoints.start(), args.epochs + 1):
+    first_epoch = checkpoints.start()  # 1, or the one that --resume goes on with
+    for epoch in range(first_epoch, args.epochs + 1):
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()

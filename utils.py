@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -46,6 +46,10 @@ class UserError(Exception):
     """A mistake that the user can mend; its text is one line that says what is wrong and what to do."""
 
 
+class Damaged(UserError):
+    """A checkpoint that is not whole."""
+
+
 def run(main):
     """Calls `main()`, as a script's last line does, and ends the process with one line on stderr where need be.
 
@@ -58,10 +62,17 @@ def run(main):
         main()
     except Interrupted as error:
         end(128 + error.number, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        end(2, "error: whoever read the output has gone")
     except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
         end(2, f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        end(2, f"error: {str(error).partition('.')[0]}; take a smaller --batch-size")
+    except RuntimeError as error:
+        causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
+        if not any(re.search("out of memory|can't allocate memory", str(cause)) for cause in causes):
+            raise
+        where = "the GPU" if "CUDA" in str(causes) else "this machine"
+        end(2, f"error: out of memory on {where}; take a smaller --batch-size")
 
 
 def end(status, line):
@@ -81,6 +92,8 @@ class Interrupted(BaseException):
 
 
 def interrupt(number, frame):
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the second Ctrl-C of an impatient user must not disturb the first
     raise Interrupted(number)
 
 
@@ -111,7 +124,7 @@ class ArgumentParser(CommandLine):
         super().__init__(description)
         add = self.add_argument
         add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or 'by --stem'})")
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or 'see above'})")
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")
@@ -128,20 +141,18 @@ class ArgumentParser(CommandLine):
     def parse_args(self, argv=None):
         """The parsed flags, `device` as a torch.device and `precision` as a key of DTYPES, and beside them
 
-        run: str, the run's name; experiment: dict, the experiment's own flags with their values;
+        run: str, the run's name, from the script and the experiment's own flags; script: str, the script's;
         command: str, the command line without its paths; resume_command: str, the one that goes on with the run;
         lr_given: bool, whether --lr was given.
         """
         args = super().parse_args(argv)
         args.script = Path(self.prog).stem
-        args.experiment, name, command, resume_command = {}, [args.script], ["python", self.prog], sys.argv[:1]
+        name, command, resume_command = [args.script], ["python", self.prog], sys.argv[:1]
         for action in self._actions:
             flag, value = action.option_strings[0], getattr(args, action.dest, None)
             given = value not in (None, action.default)
-            if action.dest not in self.common:
-                args.experiment[flag] = value
-                if given:
-                    name.append(flag.removeprefix("--") if value is True else value)
+            if given and action.dest not in self.common:
+                name.append(flag.removeprefix("--") if value is True else str(value))
             if given and action.dest == "resume":
                 command.append(flag)
             elif given:
@@ -149,7 +160,7 @@ class ArgumentParser(CommandLine):
                 resume_command += words
                 if action.dest not in ("data", "checkpoints") or value == "synthetic":
                     command += words
-        args.run = "-".join([*name, "synthetic"] if args.data == "synthetic" else name)
+        args.run = "-".join(name) + "-synthetic" * (args.data == "synthetic")
         args.command = " ".join(command)
         args.resume_command = shlex.join(["python", *resume_command, "--resume"])
         args.lr_given = args.lr is not None
@@ -195,6 +206,8 @@ def choose_device(name):
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # where CUDA graphs are captured
     return device
 
 
@@ -248,6 +261,10 @@ def load_data(name):
     if name == "synthetic":
         return make_synthetic()
     root = Path(name)
+    if root.is_file():
+        raise UserError(f"--data {name} is a file; name the folder that it lies in")
+    if root.name == CIFAR10.base_folder:
+        root = root.parent
     original = (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
     if not original and ((root / "train").is_dir() or (root / "test").is_dir()):
         return read_class_folders(root)
@@ -305,7 +322,11 @@ class Unusable(Exception):
 
 
 class Slow(Unusable):
-    """It gives the file, but another one may give it sooner."""
+    """It gives the file, at `rate` bytes per second, but another one may give it sooner."""
+
+    def __init__(self, rate, progress):
+        super().__init__(f"slow: {progress}")
+        self.rate = rate
 
 
 CONNECT_SECONDS = 12  # within which a source answers, the look-up of its name included
@@ -326,32 +347,38 @@ def download(archive, sources, size, sha256):
     if free < need:
         raise UserError(f"{archive.parent} has {free / 1e6:.0f} MB free, CIFAR-10 needs {need / 1e6:.0f}; make room")
     print(f"downloading CIFAR-10, {size / 1e6:.0f} MB, into {archive.parent}", flush=True)
-    todo = [(url, False) for url in [*filter(None, [os.environ.get("CIFAR10_URL")]), *sources]]
-    reasons = {}
-    while todo:
-        url, patient = todo.pop(0)
-        before = size_of(part)
+    rates = dict.fromkeys(
+        [*filter(None, [os.environ.get("CIFAR10_URL")]), *sources], math.inf
+    )  # of what is left to try
+    reasons, from_anew = {}, set()
+    while rates:
+        url = max(rates, key=rates.get)  # the first that is not known to be slow, or the least slow one
+        rate, before = rates.pop(url), size_of(part)
         try:
-            fetch(url, part, size, patient or not todo)
+            fetch(url, part, size, patient=not rates or rate < math.inf)
             if sha256_of(part) == sha256:
                 os.replace(part, archive)
                 return
             part.unlink()
-            if before:  # the wrong bytes may be those of another source
-                todo.insert(0, (url, patient))
+            if before and url not in from_anew:  # the wrong bytes may be those of another source
+                from_anew.add(url)
+                rates = {url: math.inf, **rates}
             raise Unusable(f"other bytes than CIFAR-10's (wrong SHA-256); {part.name} is removed")
         except Unusable as error:
-            host = urllib.parse.urlsplit(url).netloc or url
-            print(f"{host}: {error}", flush=True)
-            reasons[host] = f"{host}: {error}"
+            print(f"{host(url)}: {error}", flush=True)
+            reasons[url] = f"{host(url)}: {error}"
             if isinstance(error, Slow):
-                todo.append((url, True))  # the last resort
+                rates[url] = error.rate
             elif size_of(part) - before > size / 100:
-                todo.append((url, patient))  # it goes on when the others have had their turn
+                rates[url] = rate  # it goes on when the others have had their turn
     raise UserError(
         f"CIFAR-10 cannot be downloaded ({'; '.join(reasons.values())}); put {archive.name} into {archive.parent} "
         "yourself, name a mirror in the environment variable CIFAR10_URL, or take --data synthetic"
     )
+
+
+def host(url):
+    return url.partition("://")[2].partition("/")[0] or url
 
 
 def size_of(path):
@@ -370,14 +397,12 @@ def fetch(url, part, size, patient):
     with (
         response,
         open(part, "ab") as file,
-        progress_bar(
-            desc=f"from {urllib.parse.urlsplit(url).netloc}", total=size, initial=have, unit="B", unit_scale=True
-        ) as bar,
+        progress_bar(desc=f"from {host(url)}", total=size, initial=have, unit="B", unit_scale=True) as bar,
     ):
         skip = 0 if response.status == 206 else have  # a server that ignores the range sends all of it
-        if response.status == 206 and not response.headers["Content-Range"].startswith(f"bytes {have}-"):
+        if response.status == 206 and not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
             raise Unusable("another part of the file than was asked for")
-        total = int(response.headers.get("Content-Length") or size - have + skip) + have - skip
+        total = size if response.length is None else response.length + have - skip
         if total != size:
             raise Unusable(f"a file of {total} bytes, CIFAR-10 has {size}")
         begin = reported = time.monotonic()
@@ -395,14 +420,18 @@ def fetch(url, part, size, patient):
                 raise Unusable(f"no gzip file but {response.headers.get_content_type()}")
             received += len(block)
             block, skip = block[skip:], max(0, skip - len(block))
-            file.write(block[: size - have])
+            try:
+                file.write(block[: size - have])
+                file.flush()
+            except OSError as error:
+                raise UserError(f"{part} cannot be written: {error.strerror}; the download goes on from it") from None
             have += len(block)
             bar.update(len(block))
             now = time.monotonic()
             rate = received / max(now - begin, 1e-9)
             left = f"{have / 1e6:.1f} of {size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {(size - have) / rate:.0f} s left"
             if now - begin > JUDGE_SECONDS and (size - have) / rate > FAIR_SECONDS and not patient:
-                raise Slow(f"slow: {left}")
+                raise Slow(rate, left)
             if now - reported > REPORT_SECONDS and bar.disable:
                 print(left, flush=True)
                 reported = now
@@ -685,8 +714,6 @@ def train(step, loader, epoch):
 
     Raises UserError once the loss is no longer finite.
     """
-    if 1 in loader.batch_sizes and any(isinstance(module, nn.BatchNorm2d) for module in step.model.modules()):
-        raise UserError("--batch-size 1: batch-norm cannot train on a single image; take 2 or more")
     step.model.train()
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch))  # dropout
@@ -719,9 +746,9 @@ def per_class_accuracy(model, loader):
         with autocast(images):
             predictions = model(images).argmax(1)
         right += torch.bincount(labels[predictions == labels], minlength=len(right))
-    total = torch.bincount(loader.labels, minlength=len(right))
-    per_class = (100 * right / total).tolist()
-    return 100 * right.sum().item() / len(loader.labels), dict(zip(loader.classes, per_class, strict=True))
+    right, total = right.tolist(), torch.bincount(loader.labels).tolist()
+    per_class = {name: 100 * r / n for name, r, n in zip(loader.classes, right, total, strict=True)}
+    return 100 * sum(right) / sum(total), per_class
 
 
 def autocast(images):
@@ -790,12 +817,13 @@ class Checkpoints:
     NETWORK = ("model", "arguments", "classes", "mean", "std")  # what a file of weights must be of, to be loaded
 
     def __init__(self, args, train_loader, model, optimizer, scaler, scheduler=None, after=None):
-        """after: the script and flag of the run that this one goes on from, such as "cifar10_r2 --crop"."""
+        """after: the name of the run from whose last epoch this one goes on the first time."""
         self.args, self.loader, self.model = args, train_loader, model
         self.optimizer, self.scheduler, self.after = optimizer, scheduler, after
         self.parts = {"optimizer": optimizer, "scaler": scaler} | ({"scheduler": scheduler} if scheduler else {})
         self.folder = args.checkpoints / args.run
         self.lock = None  # on the folder, once the run writes into it
+        self.intact = True  # last.pt, as far as this run knows
         self.rows = []  # of log.csv: one dict an epoch
         self.network = {  # what a file for inference says of the network, beside its weights
             "model": type(model).__name__,
@@ -806,8 +834,9 @@ class Checkpoints:
             "data": train_loader.data.source,
         }
         self.recipe = {  # what must agree with the checkpoint of a run that goes on
-            "script": args.script,
-            **args.experiment,
+            "run": args.run.removesuffix("-synthetic"),
+            "optimizer": type(optimizer).__name__,
+            **{key: value for key, value in optimizer.defaults.items() if key in ("momentum", "weight_decay")},
             "--batch-size": args.batch_size,
             "--seed": args.seed,
             "data": train_loader.data.fingerprint(),
@@ -827,35 +856,36 @@ class Checkpoints:
             self.load_network(path, checkpoint)
             print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
             return args.epochs + 1
+        if 1 in self.loader.batch_sizes and any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules()):
+            raise UserError("--batch-size 1: batch-norm cannot train on a single image; take 2 or more")
         if self.folder.exists():
             self.claim()
         found = self.resumable(self.folder)
         paths = found if args.resume is True else [Path(args.resume)] if args.resume else []
-        if args.resume and not paths:
+        if args.resume and not paths and not self.after:
             print(f"no {last} to resume, starting the run", flush=True)
         if self.after and not paths:
-            folder = self.folder.with_name(args.run.replace(args.script, self.after.replace(" --", "-")))
+            folder = self.folder.with_name(self.after + "-synthetic" * args.run.endswith("-synthetic"))
             paths = self.resumable(folder)
             if not paths:
-                command = self.after.replace(" ", ".py ")
+                command = f"python {self.after.replace('-', '.py --')}, with the same --data and --checkpoints,"
                 raise UserError(f"no {folder / 'last.pt'}, from which {args.script} goes on; run {command} first")
-        epoch = self.resume(paths) if paths else 1
-        from_elsewhere = bool(paths) and paths[0].resolve().parent != self.folder.resolve()
-        if found and (from_elsewhere or not paths):
+        epoch, adopted = self.resume(paths) if paths else (1, {})
+        if found and (adopted or not self.rows):
             kept = self.folder.with_name(f"{args.run}.previous")
+            instead = ", in place of what was there" * kept.exists()
             shutil.rmtree(kept, ignore_errors=True)
             self.folder.replace(kept)
             self.lock = None  # it went with the folder
-            print(f"the run that was in {self.folder} is now in {kept}", flush=True)
+            print(f"the run that was in {self.folder} is now in {kept}{instead}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.lock:
             self.claim()
         for left in self.folder.glob("*.new"):  # by a process that was killed as it wrote
             left.unlink()
-        if from_elsewhere and self.rows and (best := paths[0].with_name("best.pt")).exists():
-            shutil.copyfile(best, self.folder / "best.pt")  # the best so far, until a better epoch comes
+        for name, content in adopted.items():
+            write_whole(self.folder / name, content)
         self.clock, self.lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]  # those of the next epoch
-        self.saved = False
         Interrupted.advice = f"; {args.resume_command} goes on after the last epoch that was saved"
         return epoch
 
@@ -875,42 +905,55 @@ class Checkpoints:
         return [path for path in (folder / "last.pt", folder / "last.previous.pt") if path.exists()]
 
     def resume(self, paths):
-        """Loads the first of the files that is whole; returns the epoch after it. Raises UserError if none is ours."""
+        """Loads the first of the files that is whole.
+
+        Returns the epoch after it, and the files that the run's folder is to have from it, a dict from name to content,
+        where it lies elsewhere. Raises UserError if none is of this run, or of the one that it goes on from.
+        """
         for path in paths:
             try:
                 checkpoint = read_checkpoint(path)
                 break
-            except UserError as error:
+            except Damaged as error:
                 if path == paths[-1]:
                     raise
                 print(f"{error}; taking the one before", flush=True)
         if "recipe" not in checkpoint:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
-        epoch, recipe, rows = checkpoint["epoch"], checkpoint["recipe"], checkpoint["rows"]
-        must_agree, network = self.recipe, self.NETWORK
-        if " ".join([recipe["script"], *(flag for flag, value in recipe.items() if value is True)]) == self.after:
-            if epoch >= self.args.epochs:
-                raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
-            must_agree, rows = ("--batch-size", "--seed", "data"), []
-            network = ("model", "arguments", "classes")
+        epoch, recipe = checkpoint["epoch"], checkpoint["recipe"]
+        goes_on = self.after is not None and recipe.get("run") == self.after
+        must_agree = ("optimizer", "--batch-size", "--seed", "data") if goes_on else self.recipe
         for key in must_agree:
             theirs, ours = recipe.get(key), self.recipe[key]
-            if theirs != ours:
+            if theirs == ours:
+                continue
+            if key == "data":
+                raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
+            if key == "run":
+                other = f" or {self.after}" * bool(self.after)
                 raise UserError(
-                    f"{path} is of a run with {key} {theirs}, this one has {ours}; "
-                    "make them agree, or start without --resume"
+                    f"{path} is of the run {theirs}; resume one of {ours}{other}, or start without --resume"
                 )
-        self.load_network(path, checkpoint, network)
+            raise UserError(f"{path} is of a run with {key} {theirs}, this one has {ours}; make them agree")
+        if goes_on and epoch >= self.args.epochs:
+            raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
+        self.load_network(path, checkpoint, self.NETWORK[:3] if goes_on else self.NETWORK)
+        if goes_on:  # this script's own rate and weight decay, and the other's moments
+            checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in self.parts.items():
             if checkpoint[name]:  # that of a scaler is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
         if self.args.lr_given:
             self.change_lr(self.args.lr)
-        self.rows = rows
         print(f"resuming {path} after epoch {epoch}{', which was the last' * (epoch >= self.args.epochs)}", flush=True)
-        if path == self.folder / "last.previous.pt":
-            path.replace(self.folder / "last.pt")  # or the next save would keep the damaged one as the one before
-        return epoch + 1
+        if goes_on:
+            return epoch + 1, {}
+        self.rows = checkpoint["rows"]
+        self.intact = path == self.folder / "last.pt"
+        if path.resolve().parent == self.folder.resolve():
+            return epoch + 1, {}
+        best = path.with_name("best.pt")  # the best so far, until a better epoch comes
+        return epoch + 1, ({"best.pt": best.read_bytes()} if best.exists() else {}) | {"last.pt": path.read_bytes()}
 
     def change_lr(self, lr):
         for group in self.optimizer.param_groups:
@@ -927,7 +970,10 @@ class Checkpoints:
             theirs, ours = checkpoint.get(key), self.network[key]
             if theirs != ours:
                 raise UserError(f"{path} holds a network with {key} {theirs}, this run's has {ours}")
-        self.model.load_state_dict(checkpoint["weights"])
+        try:
+            self.model.load_state_dict(checkpoint["weights"])
+        except RuntimeError:  # the network has been edited since
+            raise UserError(f"{path} holds other weights than {type(self.model).__name__} has now") from None
 
     def save(self, epoch, train_metrics, test_metrics):
         """Saves an epoch with these (loss, accuracy): best.pt if it is the best, log.csv, last.pt. Raises UserError."""
@@ -952,8 +998,9 @@ class Checkpoints:
         self.write_log()
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"recipe": self.recipe, "rows": self.rows}
-        write_checkpoint(self.folder / "last.pt", state, keep=self.folder / "last.previous.pt")
-        self.saved = True
+        write_checkpoint(self.folder / "last.pt", state, self.folder / "last.previous.pt" if self.intact else None)
+        self.intact = True
+        (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         if not terminal:
             figures = [
                 f"{name} loss:{m[0]:.3f}, accuracy:{m[1]:.3f}, "
@@ -966,7 +1013,7 @@ class Checkpoints:
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
     def finish(self, accuracy, per_class):
-        """Prints the table of `per_class_accuracy`, and writes run.json where this process has trained."""
+        """Prints the table of `per_class_accuracy`, and writes run.json where there is none of this run's length."""
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
@@ -977,7 +1024,7 @@ class Checkpoints:
         print(f"Best epoch, chosen on the {kind} images: {best['epoch']} with {best['test_accuracy']:.1f} %")
         print(f"best.pt, last.pt, log.csv and run.json are in {self.folder}")
         self.write_log()
-        if (self.folder / "run.json").exists() and not self.saved:
+        if (self.folder / "run.json").exists():
             return  # a finished run that was resumed; its record says where and when it was trained
         record = {
             "run": self.args.run,
@@ -1025,7 +1072,11 @@ def write_whole(path, content, keep=None):
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file in its place
         if keep and path.exists():
-            os.replace(path, keep)
+            keep.unlink(missing_ok=True)
+            try:
+                os.link(path, keep)  # there is no moment without a whole `path`
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, keep)
         os.replace(new, path)
     except BaseException as error:
         new.unlink(missing_ok=True)
@@ -1049,7 +1100,9 @@ def read_checkpoint(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+        raise Damaged(
+            f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
+        ) from None
 
 
 def device_name(device):

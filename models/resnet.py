@@ -6,12 +6,15 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d, faster on a CPU on maps of 2x2 and 1x1, the last ones of a ResNet on 32x32 images.
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding and without bias, faster on a CPU on square maps of 2x2 and 1x1.
 
-    There most of a 3x3 kernel sees only padding, which the CPU's convolution multiplies all the same; as one linear
-    layer from all pixels to all pixels nothing is multiplied in vain.
+    Those are the last ones of a ResNet on 32x32 images. Most of a kernel sees only padding there, which the CPU's
+    convolution multiplies all the same; as one linear layer, from all pixels to all, nothing is multiplied in vain.
     """
+
+    def __init__(self, in_channels, out_channels, stride, device=None):
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device)
 
     def forward(self, x):
         pixels = x.shape[2] * x.shape[3]
@@ -25,12 +28,13 @@ class Conv2d(nn.Conv2d):
 
 
 class Block(BasicBlock):
+    """torchvision's, with the convolutions above."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name in ("conv1", "conv2"):  # ResNet initialises them, as it does torchvision's own
             conv = getattr(self, name)
-            sizes = {"kernel_size": 3, "stride": conv.stride, "padding": 1, "bias": False}
-            setattr(self, name, nn.utils.skip_init(Conv2d, conv.in_channels, conv.out_channels, **sizes))
+            setattr(self, name, nn.utils.skip_init(Conv3x3, conv.in_channels, conv.out_channels, conv.stride))
 
 
 class ResNet18(ResNet):

@@ -91,5 +91,5 @@ def test_out_of_memory_is_one_line(refused):
     """On a GPU that is full but for 2 GiB."""
     full = torch.empty(torch.cuda.mem_get_info()[0] - 2**31, dtype=torch.uint8, device=CUDA)
     line = refused(R4, "--data", "synthetic", "--stem", "cifar-nopool", "--batch-size", 4000, "--epochs", 1)
-    assert "error: CUDA out of memory; take a smaller --batch-size" in line
+    assert "error: out of memory on the GPU; take a smaller --batch-size" in line
     del full

@@ -73,6 +73,7 @@ def test_the_repositorys_own_tensors(shape, value):
         ),
         ([(torch.rand(3, 4, 4), 0), (torch.full((3, 4, 4), torch.nan), 0)], "image 1 holds a value that is not finite"),
         ([(PICTURES[0], 0), (PICTURES[0], 0), (PICTURES[0][:1, :1], 0)], "image 2 has a single pixel"),
+        (torch.zeros(4, 3, 1, 1, dtype=torch.uint8), "image 0 has a single pixel"),
     ],
 )
 def test_what_it_refuses(dataset, words):
@@ -87,6 +88,7 @@ def test_the_script(script, refused, tmp_path, folders):
     with Image.open(tmp_path / "histograms.png") as picture:
         assert picture.width > 1000
     assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
+    assert "--plot histograms needs a suffix" in refused(*flags, "--plot", "histograms")
     assert "--plot histograms.xyz" in refused(*flags, "--plot", "histograms.xyz")
 
 

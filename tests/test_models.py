@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from models import MobileNetV2, ResNet18, TutorialCNN
-from models.resnet import Conv2d
+from models.resnet import Conv3x3
 
 
 def count(model):
@@ -33,10 +33,10 @@ def test_resnet18_is_torchvisions():
 
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_conv2d_is_torchs(side, stride):
+def test_conv3x3_is_torchs(side, stride):
     """Output and gradients, on the small maps where it is computed another way, and on one where it is not."""
     theirs = torch.nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
-    ours = Conv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
+    ours = Conv3x3(5, 7, stride).double()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(6, 5, side, side, dtype=torch.double, requires_grad=True)
     outputs = [conv(images) for conv in (theirs, ours)]

@@ -114,14 +114,14 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--batch-size", 30, "--epochs"]
     line = refused(R3, *flags, 9, "--resume")
     assert (
-        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run cifar10_r2.py --crop first" in line
+        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run python cifar10_r2.py --crop, with"
+        in line
     )
     script(R2, *flags, 2, "--crop")
     r2, r3 = tmp_path / "checkpoints/cifar10_r2-crop", tmp_path / "checkpoints/cifar10_r3"
     before = {path.name: path.read_bytes() for path in r2.iterdir()}
     assert "has 2 epochs behind it already; take more --epochs than that" in refused(R3, *flags, 2, "--resume")
     out = script(R3, *flags, 4, "--resume").stdout
-    assert "no checkpoints/cifar10_r3/last.pt to resume, starting the run\n" in out
     assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
     first = (r3 / "log.csv").read_bytes()
     assert "resuming checkpoints/cifar10_r3/last.pt after epoch 4\n" in script(R3, *flags, 5, "--resume").stdout
@@ -133,7 +133,31 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     assert "the run that was in checkpoints/cifar10_r3 is now in checkpoints/cifar10_r3.previous\n" in out
     assert re.sub(rb"[^,]*\n", b"\n", first) == re.sub(rb"[^,]*\n", b"\n", (r3 / "log.csv").read_bytes())
     assert before == {path.name: path.read_bytes() for path in r2.iterdir()}
-    assert "--seed 0, this one has 1" in refused(R3, *flags, 9, "--seed", 1, "--resume", r2 / "last.pt")
+    assert "--seed 0, this one has 1" in refused(R3, *flags, 9, "--seed", 1, "--resume")
+    line = refused(R2, *flags, 9, "--crop", "--resume", r3 / "last.pt")
+    assert "is of the run cifar10_r3; resume one of cifar10_r2-crop, or start without --resume" in line
+
+
+def test_the_run_before_is_taken_up_again(script, tmp_path, folders):
+    """--resume was forgotten, and a new run has begun in the place of the one that was to go on."""
+    flags = [R1, "--data", folders, "--epochs"]
+    script(*flags, 3)
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    best = (folder / "best.pt").read_bytes()
+    script(*flags, 1, "--seed", 1)
+    previous = folder.with_name("cifar10_r1.previous")
+    out = script(*flags, 3, "--resume", previous / "last.pt").stdout
+    assert "is now in checkpoints/cifar10_r1.previous, in place of what was there\n" in out
+    assert (folder / "best.pt").read_bytes() == best and len(log(folder)) == 3 and len(log(previous)) == 1
+    assert "resuming checkpoints/cifar10_r1/last.pt after epoch 3\n" in script(*flags, 4, "--resume").stdout
+
+
+def test_a_longer_run_has_a_new_record(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--resume", "--epochs"]
+    record = tmp_path / "checkpoints/cifar10_r1/run.json"
+    for epochs in (1, 2):
+        script(*flags, epochs)
+        assert len(json.loads(record.read_text())["epochs"]) == epochs
 
 
 def test_a_finished_runs_record_stays(script, tmp_path, folders):

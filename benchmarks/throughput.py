@@ -1,0 +1,266 @@
+"""How fast the scripts train and test, side by side with what such repositories usually do and with what is possible.
+
+python benchmarks/throughput.py --data data                  # all of it, 20 minutes on two cores
+python benchmarks/throughput.py --data data --only r1 start  # some
+
+Every figure is the median over rounds in which the candidates take turns, each in a process of its own, so that a
+machine that drifts favours none:
+
+baseline  a torchvision dataset of PIL images, RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader
+          with a worker a core; float32, contiguous memory, a plain loop with `.item()` at each step
+ours      the functions and the settings of the script
+ours-fp32 the same in float32
+limit     ours on one batch that lies on the device already: what no data path can beat
+
+all with the same network, batch size and optimizer.
+"""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mean_and_std  # noqa: E402
+import utils  # noqa: E402
+from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
+
+NETWORKS = {  # name: network, batch size, precision of the script, images of a round on a CPU
+    "r1-batch4": (TutorialCNN, 4, "fp32", 4_000),
+    "r1": (TutorialCNN, 128, "fp32", 10_240),
+    "r2-imagenet": (ResNet18, 128, "auto", 1_280),
+    "r4-cifar": (lambda: ResNet18(stem="cifar"), 128, "auto", 512),
+    "r4-cifar-nopool": (lambda: ResNet18(stem="cifar-nopool"), 128, "auto", 256),
+    "mobilenetv2": (MobileNetV2, 128, "auto", 256),
+}
+GPU = 20  # times as many images a round there
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+class PILImages(Dataset):
+    """torchvision's CIFAR10, but for where the pixels come from."""
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+def sgd(model, fused):
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused)
+
+
+def baseline(data, device, make, batch_size, training, images):
+    """A function that trains on, or tests, some images the usual way."""
+    as_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    if training:
+        augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        dataset = PILImages(data.train_images, data.train_labels, transforms.Compose([*augment, *as_tensor]))
+    else:
+        dataset, batch_size = PILImages(data.test_images, data.test_labels, transforms.Compose(as_tensor)), 100
+    loader = DataLoader(dataset, batch_size, shuffle=training, num_workers=os.cpu_count(), persistent_workers=True)
+    batches = endless(loader)
+    model, criterion = make().to(device, memory_format=torch.contiguous_format).train(training), nn.CrossEntropyLoss()
+    optimizer = sgd(model, fused=False)
+
+    def step(inputs, targets):
+        inputs, targets = inputs.to(device), targets.to(device)
+        with torch.set_grad_enabled(training):
+            outputs = model(inputs)
+            loss = criterion(outputs, targets)
+        if training:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()
+        outputs.argmax(1).eq(targets).sum().item()
+
+    def run():
+        done = 0
+        while done < images:
+            inputs, targets = next(batches)
+            step(inputs, targets)
+            done += len(targets)
+        return done
+
+    return run
+
+
+def ours(data, device, make, batch_size, training, images, precision, limit=False):
+    """The same with the scripts' functions; with `limit` on a batch that lies on the device."""
+    data = data._replace(train_images=data.train_images[:images], train_labels=data.train_labels[:images])
+    data = data._replace(test_images=data.test_images[:images], test_labels=data.test_labels[:images])
+    dtype = utils.DTYPES[utils.choose_precision(precision, device)]
+    kind = {"flip": True, "crop": True} if training else {}
+    size = batch_size if training else utils.TEST_BATCH_SIZE
+    loader = utils.Loader(
+        data, "train" if training else "test", size, mean=MEAN, std=STD, device=device, dtype=dtype, **kind
+    )
+    model, criterion = utils.to_device(make(), device), nn.CrossEntropyLoss()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = utils.TrainStep(model, criterion, sgd(model, fused=True), scaler)
+    batch = next(iter(loader))
+
+    def run():
+        if not limit:
+            utils.train(step, loader, 1) if training else utils.test(model, loader, criterion, 1)
+            return len(loader.labels)
+        model.train(training)
+        for _ in range(len(loader)):
+            if training:
+                step(*batch)
+            else:
+                with torch.inference_mode(), utils.autocast(batch[0]):
+                    criterion(model(batch[0]), batch[1])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return len(loader) * len(batch[1])
+
+    return run
+
+
+def seed_mean_and_std(data, images):
+    """As the text has it from which this repository grew: an image at a time, a channel at a time."""
+    dataset = PILImages(data.train_images[:images], data.train_labels[:images], transforms.ToTensor())
+    loader = DataLoader(dataset, batch_size=1, shuffle=True, num_workers=4, persistent_workers=True)
+
+    def run():
+        mean, std = torch.zeros(3), torch.zeros(3)
+        for inputs, _ in loader:
+            for channel in range(3):
+                mean[channel] += inputs[:, channel].mean()
+                std[channel] += inputs[:, channel].std()
+        return images
+
+    return run
+
+
+def our_mean_and_std(data):
+    def run():
+        mean_and_std.get_mean_and_std(data.train_images)
+        return len(data.train_images)
+
+    return run
+
+
+def candidates(name, kind):
+    """The candidates' names and the functions, of (data, device), that make what a round runs."""
+    if name == "mean_and_std":
+        return {
+            "baseline": lambda data, device: seed_mean_and_std(data, images=5000),
+            "ours": lambda data, device: our_mean_and_std(data),
+        }
+    make, batch_size, precision, images = NETWORKS[name]
+    images *= 1 if kind == "training" else 4
+
+    def common(data, device):
+        return data, device, make, batch_size, kind == "training", images * (GPU if device.type == "cuda" else 1)
+
+    return {
+        "baseline": lambda *where: baseline(*common(*where)),
+        "ours": lambda *where: ours(*common(*where), precision),
+        "ours-fp32": lambda *where: ours(*common(*where), "fp32"),
+        "limit": lambda *where: ours(*common(*where), precision, limit=True),
+    }
+
+
+def serve(pipe, name, kind, candidate, data, device):
+    """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MiB."""
+    run = candidates(name, kind)[candidate](data, device)
+    run()  # warms up
+    while pipe.recv():
+        begin = time.perf_counter()
+        done = run()
+        seconds = time.perf_counter() - begin
+        on_device = torch.cuda.max_memory_reserved(device) >> 20 if device.type == "cuda" else 0
+        pipe.send((done / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, on_device))
+
+
+def measure(name, kind, data, device, rounds):
+    """A dict from candidate to its median images per second, peak MiB resident and on the device."""
+    context = multiprocessing.get_context("spawn")
+    pipes, results = {}, {}
+    for candidate in candidates(name, kind):
+        pipes[candidate], theirs = context.Pipe()
+        arguments = (theirs, name, kind, candidate, data, device)
+        context.Process(target=serve, args=arguments, daemon=candidate != "baseline").start()
+        results[candidate] = []
+    for _ in range(rounds):
+        for candidate, pipe in pipes.items():
+            pipe.send(True)
+            results[candidate].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {c: [statistics.median(column) for column in zip(*rows, strict=True)] for c, rows in results.items()}
+
+
+START = """
+import sys, time, runpy, utils
+def first_step(*batch):
+    print(time.time()); sys.stdout.flush(); import os; os._exit(0)
+utils.TrainStep.__call__ = lambda self, *batch: first_step()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def seconds_to_first_step(data, device):
+    """From the command to the first step of training."""
+    flags = ["--data", data, "--device", device, "--checkpoints", os.devnull + "-none"]
+    begin = time.time()
+    command = [sys.executable, "-c", START, str(ROOT / "cifar10_r2.py"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1]) - begin
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="as for the scripts (default: data)")
+    parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
+    parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start"], metavar="NAME")
+    parser.add_argument("--rounds", type=utils.positive_int, default=5, metavar="N", help="(default: 5)")
+    args = parser.parse_args()
+    device, data = utils.choose_device(args.device), utils.load_data(args.data)
+    print(f"torch {torch.__version__}, {utils.device_name(device)}; {data.source}", flush=True)
+    print(f"{'':28}{'candidate':12}{'images/s':>10}{'MiB':>8}{'MiB on the device':>19}", flush=True)
+    ratios = []
+    for name in args.only or [*NETWORKS, "mean_and_std", "start"]:
+        if name == "start":
+            seconds = statistics.median(seconds_to_first_step(args.data, args.device) for _ in range(args.rounds))
+            print(f"start: {seconds:.1f} s from the command to the first step of training", flush=True)
+            continue
+        for kind in ["training"] if name == "mean_and_std" else ["training", "evaluation"]:
+            title = name if kind == "training" else f"{name} evaluation"
+            rates = {}
+            for candidate, (rate, resident, on_device) in measure(name, kind, data, device, args.rounds).items():
+                print(f"{title:28}{candidate:12}{rate:10.0f}{resident:8}{on_device:19}", flush=True)
+                rates[candidate] = rate
+            for other in ("baseline", "limit"):
+                if other in rates:
+                    ratios.append(f"ratio {title.replace(' ', '-')} ours/{other} {rates['ours'] / rates[other]:.2f}")
+    print("\n".join(ratios))
+
+
+if __name__ == "__main__":
+    utils.run(main)
