@@ -14,7 +14,7 @@ from models import ResNet18
 
 EPOCHS = 46
 BATCH_SIZE = 64  # in smaller batches batch-norm is noisier, and the network overfits less
-LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends some percent lower in as many epochs
+LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends about a percent lower in as many epochs
 WEIGHT_DECAY = 0.05
 MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
 

@@ -12,7 +12,7 @@ from models import ResNet18
 
 EPOCHS = 60  # counted from the start of round 2, whose last they follow
 BATCH_SIZE = 64  # in smaller batches batch-norm is noisier, and the network overfits less
-LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends some percent lower in as many epochs
+LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends about a percent lower in as many epochs
 WEIGHT_DECAY = 0.05
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10

@@ -26,7 +26,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torchvision", "utils", "models"])
 
 
-def as_a_process(path, flags, folder, environment):
+def as_a_process(path, flags, folder, environment, before):
     """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
     os.environ.clear()
     os.environ.update(environment)
@@ -35,18 +35,23 @@ def as_a_process(path, flags, folder, environment):
         os.dup2(os.open(f"../{folder.name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = [path, *flags]
+    if before:
+        before()
     runpy.run_path(path, run_name="__main__")
 
 
 @pytest.fixture
 def start(tmp_path, request):
-    """Starts a script in a folder of its own; returns the process, a multiprocessing.Process."""
+    """Starts a script in a folder of its own; returns the process, a multiprocessing.Process.
 
-    def start(name, *flags):
+    before: a function of a module, called in the process before the script.
+    """
+
+    def start(name, *flags, before=None):
         flags, environment = [*map(str, flags)], dict(os.environ)
         if "cuda" not in request.path.name:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # what is promised to the last bit, is promised on the CPU
-        process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), flags, tmp_path, environment))
+        process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), flags, tmp_path, environment, before))
         process.start()
         return process
 
@@ -57,8 +62,8 @@ def start(tmp_path, request):
 def script(start, tmp_path):
     """Runs a script in that folder to its end; returns its `stdout` and its `stderr` as text."""
 
-    def run(name, *flags, status=0):
-        process = start(name, *flags)
+    def run(name, *flags, status=0, before=None):
+        process = start(name, *flags, before=before)
         process.join(300)
         texts = {name: tmp_path.with_name(f"{tmp_path.name}.{name}").read_text() for name in ("stdout", "stderr")}
         assert process.exitcode == status, texts["stderr"]
@@ -71,8 +76,8 @@ def script(start, tmp_path):
 def refused(script):
     """Runs a script that must be refused; returns the one line on stderr."""
 
-    def run(name, *flags):
-        done = script(name, *flags, status=2)
+    def run(name, *flags, before=None):
+        done = script(name, *flags, status=2, before=before)
         assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{name}: error: "), done.stderr
         return done.stderr
 

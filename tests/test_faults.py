@@ -1,0 +1,163 @@
+"""What must not be lost: runs that are killed, disks that fill up, files that are damaged or hostile."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from test_resume import wait_for_a_save
+from test_scripts import log, same_weights
+
+import utils
+
+R1 = "cifar10_r1.py"
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_anywhere(start, script, tmp_path, kills):
+    """At random moments, most of them in or near a save; what was reported as saved is there, nothing piles up."""
+    write_images(tmp_path / "data", train=8, test=4)
+    flags = ["--epochs", 4 * kills, "--resume", "--checkpoints"]
+    script(R1, *flags, "whole")
+    whole, parts = tmp_path / "whole/cifar10_r1", tmp_path / "parts/cifar10_r1"
+    stdout = tmp_path.with_name(f"{tmp_path.name}.stdout")
+    moments, reported = random.Random(kills), 0
+    for _ in range(kills):
+        stdout.unlink(missing_ok=True)
+        process = start(R1, *flags, "parts")
+        for _ in range(moments.choice([0, 1, 1, 2])):
+            wait_for_a_save(process, parts / "last.pt")
+        time.sleep(moments.uniform(0, 0.04))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        out = stdout.read_text() if stdout.exists() else ""
+        if resumed := re.search(r"resuming .* after epoch (\d+)", out):
+            assert int(resumed[1]) >= reported
+        reported = max([reported, *map(int, re.findall(r"^epoch:(\d+)/.* saved", out, re.MULTILINE))])
+    out = script(R1, *flags, "parts").stdout
+    assert int(re.search(r"resuming .* after epoch (\d+)", out)[1]) >= reported > 0
+    assert same_weights(whole / "last.pt", parts / "last.pt") and same_weights(whole / "best.pt", parts / "best.pt")
+    assert log(whole) == log(parts)
+    assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+# -------------------------------------------------------------------------------------- a save that fails
+
+
+def full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # a last.pt of r1 has 500 kB
+
+
+def another_user():
+    Image.init()  # which this user could not import from a folder of root's
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def check_the_checkpoint(script, folder, epoch):
+    assert utils.read_checkpoint(folder / "last.pt")["epoch"] == epoch
+    assert not list(folder.glob("*.new"))
+    assert f"after epoch {epoch}\n" in script(R1, "--data", "pictures", "--epochs", 5, "--resume").stdout
+
+
+def test_a_disk_that_is_full(refused, script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 2)
+    line = refused(R1, "--data", folders, "--epochs", 5, "--resume", before=full_disk)
+    assert "pt cannot be written: File too large; what was saved before is still there" in line
+    check_the_checkpoint(script, tmp_path / "checkpoints/cifar10_r1", 2)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="to become another user takes root")
+def test_a_folder_of_another_user(refused, script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 2)
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    tmp_path.with_name(f"{tmp_path.name}.stderr").chmod(0o666)
+    tmp_path.with_name(f"{tmp_path.name}.stdout").chmod(0o666)
+    line = refused(R1, "--data", folders, "--epochs", 5, "--resume", before=another_user)
+    assert "Permission denied" in line and "checkpoints/cifar10_r1" in line
+    check_the_checkpoint(script, tmp_path / "checkpoints/cifar10_r1", 2)
+
+
+def test_a_folder_that_is_gone(start, tmp_path, folders):
+    process = start(R1, "--data", folders, "--epochs", 100_000)
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    wait_for_a_save(process, folder / "last.pt")
+    folder.rename(tmp_path / "moved")
+    process.join(60)
+    line = tmp_path.with_name(f"{tmp_path.name}.stderr").read_text()
+    assert process.exitcode == 2 and line.count("\n") == 1 and "cannot be written: No such file or directory" in line
+    assert utils.read_checkpoint(tmp_path / "moved/last.pt")["epoch"] >= 1
+
+
+# --------------------------------------------------------------------------------- a damaged checkpoint
+
+
+@pytest.fixture
+def last(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 2)
+    return tmp_path / "checkpoints/cifar10_r1/last.pt"
+
+
+def same(one, other):
+    """Whether two checkpoints hold the same, tensors included."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_one_byte_changed_anywhere(last):
+    whole, rng = last.read_bytes(), random.Random(0)
+    truth, refusals = utils.read_checkpoint(last), 0
+    for _ in range(500):
+        offset = rng.randrange(len(whole))
+        last.write_bytes(whole[:offset] + bytes([whole[offset] ^ rng.randrange(1, 256)]) + whole[offset + 1 :])
+        try:
+            assert same(utils.read_checkpoint(last), truth)  # the byte was padding
+        except utils.Damaged as error:
+            assert str(error).startswith(f"{last} is damaged or no checkpoint (") and "\n" not in str(error)
+            refusals += 1
+    assert refusals > 400
+
+
+def test_cut_anywhere(last):
+    whole = last.read_bytes()
+    for length in (0, 1, 4, 100, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 22, len(whole) - 1):
+        last.write_bytes(whole[:length])
+        with pytest.raises(utils.Damaged):
+            utils.read_checkpoint(last)
+
+
+def test_both_damaged(refused, last, folders):
+    for path in (last, last.with_name("last.previous.pt")):
+        path.write_bytes(path.read_bytes()[:-1000])
+    before = {path.name: path.read_bytes() for path in last.parent.iterdir() if path.suffix == ".pt"}
+    assert "last.previous.pt is damaged or no checkpoint" in refused(R1, "--data", folders, "--resume")
+    assert before == {path.name: path.read_bytes() for path in last.parent.iterdir() if path.suffix == ".pt"}
+
+
+def test_one_that_cannot_be_read_is_not_taken_for_damaged(refused, last, folders):
+    before = last.read_bytes()
+    last.unlink()
+    last.mkdir()
+    assert "last.pt cannot be read: Is a directory" in refused(R1, "--data", folders, "--resume")
+    last.rmdir()
+    last.write_bytes(before)
+
+
+def test_weights_that_are_not_finite_are_never_saved(refused, script, last, folders):
+    best = last.with_name("best.pt")
+    shutil.copy(last, last.with_name("copy"))
+    assert "not finite" in refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e20)
+    for path in (last, best):
+        assert all(tensor.isfinite().all() for tensor in utils.read_checkpoint(path)["weights"].values())
