@@ -1,0 +1,132 @@
+"""What users type: each mistake has its one line and exit status 2, and what is no mistake works."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_images
+from PIL import Image
+
+SCRIPTS = ["cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py"]
+R1, R2, R3, R4, MOBILENET = SCRIPTS
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--epochs 0", "argument --epochs: '0' is not a whole number of 1 or more"),
+        ("--epochs -3", "argument --epochs: "),
+        ("--batch-size 1e3", "argument --batch-size: '1e3' is not"),
+        ("--batch-size 99999999999", "argument --batch-size: '99999999999' is not"),
+        ("--lr -0.1", "argument --lr: "),
+        ("--lr inf", "argument --lr: 'inf' is not a positive number"),
+        ("--seed 1.5", "argument --seed: '1.5' is not"),
+        ("--device cuda:99", "--device cuda:99: this machine"),
+        ("--device gpu", "--device 'gpu' is none of"),
+        ("--device cpu --precision fp16", "--precision fp16 is for GPUs"),
+        ("--precision int8", "argument --precision: invalid choice: 'int8'"),
+        ("--resume --evaluate", "not allowed with argument"),
+        ("--epoch 3", "unrecognized arguments: --epoch"),
+        ("--data", "argument --data: expected one argument"),
+    ],
+)
+def test_mistakes_in_every_script(refused, name, flags, words):
+    assert words in refused(name, *flags.split())
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Folders of data, most of them with something wrong."""
+    root = tmp_path_factory.mktemp("odd")
+    for name in ("good", "text", "cut", "bomb", "large", "empty", "sixteen"):
+        write_images(root / name, train=4, test=2)
+    first = "train/cat/0000.png"
+    (root / "text" / first).write_text("no picture")
+    (root / "cut" / first).write_bytes((root / "good" / first).read_bytes()[:200])
+    Image.new("RGB", (20_000, 20_000)).save(root / "bomb" / first)
+    Image.new("RGB", (33, 32)).save(root / "large" / first)
+    Image.new("I;16", (32, 32)).save(root / "sixteen" / first)
+    for path in (root / "empty/test/dog").iterdir():
+        path.unlink()
+    write_images(root / "one class", classes=("cat",))
+    write_images(root / "differ", train=2, test=2)
+    (root / "differ/test/frog").rename(root / "differ/test/fish")
+    (root / "no test/train").mkdir(parents=True)
+    write_images(root / "names", classes=("a class with spaces", "ümläut", "猫"), train=4, test=2)
+    (root / "file").write_text("")
+    (root / "archive").mkdir()
+    (root / "archive/cifar-10-python.tar.gz").write_text("<html>")
+    (root / "batches/cifar-10-batches-py").mkdir(parents=True)
+    return root
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("cifar10_r1.py --data {}/text", "train/cat/0000.png is no image that can be read"),
+        ("cifar10_r1.py --data {}/cut", "train/cat/0000.png is no image that can be read"),
+        ("cifar10_r1.py --data {}/bomb", "train/cat/0000.png is "),
+        ("cifar10_r1.py --data {}/large", "train/cat/0000.png is 33x32, not 32x32"),
+        ("cifar10_r1.py --data {}/sixteen", "train/cat/0000.png has more than 8 bits"),
+        ("cifar10_r1.py --data {}/empty", "test/dog holds no image"),
+        ("cifar10_r1.py --data {}/one class", "holds 1 class folder; a classifier needs two or more"),
+        ("cifar10_r1.py --data {}/differ", "has no counterpart in"),
+        ("cifar10_r1.py --data {}/no test", "no test/test is missing"),
+        ("cifar10_r1.py --data {}/file", "file is a file; name the folder that it lies in"),
+        ("cifar10_r1.py --data {}/archive", "is damaged or not CIFAR-10 (wrong SHA-256)"),
+        ("cifar10_r1.py --data {}/batches", "data_batch_1 is missing or damaged"),
+        ("cifar10_r1.py --data {}/file/below", "Not a directory"),
+        ("cifar10_r1.py --data {}/good --checkpoints {}/file", "Not a directory"),
+        ("cifar10_r1.py --data {}/good --evaluate {}/good", "good cannot be read: Is a directory"),
+        ("cifar10_r1.py --data {}/good --evaluate {}/file", "file is damaged or no checkpoint"),
+        ("cifar10_r1.py --data {}/good --resume nothing.pt", "nothing.pt cannot be read: No such file"),
+        ("cifar10_r1.py --data {}/good --evaluate", "last.pt cannot be read: No such file"),
+        ("cifar10_r1.py --crop", "unrecognized arguments: --crop"),
+        ("cifar10_r2.py --flip", "unrecognized arguments: --flip"),
+        ("cifar10_r2.py --data {}/good --batch-size 1", "--batch-size 1: batch-norm cannot train on a single image"),
+        ("cifar10_r3.py --crop", "unrecognized arguments: --crop"),
+        ("cifar10_r3.py --data {}/good", "run python cifar10_r2.py --crop"),
+        ("cifar10_r4.py --stem huge", "argument --stem: invalid choice: 'huge'"),
+        ("train_mobilenetv2.py --stem cifar", "unrecognized arguments: --stem cifar"),
+        ("mean_and_std.py --data {}/text", "train/cat/0000.png is no image that can be read"),
+        ("mean_and_std.py --plot", "argument --plot: expected one argument"),
+        ("download.py --data {}/file", "is a file; name the folder"),
+        ("download.py --data synthetic", "--data synthetic needs no download"),
+    ],
+)
+def test_mistakes(refused, tmp_path, odd, command, words):
+    name, *flags = command.split(" --")
+    flags = [part.format(odd, odd) for flag in flags for part in f"--{flag}".split(" ", 1)]
+    assert words in refused(name, *flags)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_is_no_mistake(script, tmp_path, odd):
+    names = ["--data", odd / "names", "--epochs", 1]
+    assert "Accuracy of ümläut: " in script(R1, *names).stdout
+    assert "Accuracy of a class with spaces: " in script(R1, *names, "--batch-size", 10_000).stdout
+    assert "in float32" not in script(R1, *names, "--batch-size", 1, "--lr", "1e-9", "--seed", 2**63 - 1).stdout
+    out = script(R1, *names, "--checkpoints", tmp_path / "a folder" / "ümläut").stdout
+    assert "ümläut/cifar10_r1\n" in out and (tmp_path / "a folder/ümläut/cifar10_r1/run.json").exists()
+    assert "on cpu in bf16\n" in script(R2, *names, "--precision", "bf16", "--device", "cpu").stdout
+
+
+def run(command, folder, **environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, timeout=300)
+
+
+def test_a_locale_without_utf8(tmp_path, odd):
+    command = f"{sys.executable} {ROOT / R1} --data {odd / 'names'} --epochs 1"
+    done = run(command, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and b"Accuracy of \\udcc3\\udcbcml" in done.stdout, done.stderr
+
+
+def test_a_reader_that_goes_away(tmp_path, odd):
+    command = f"{sys.executable} {ROOT / R1} --data {odd / 'good'} --epochs 300 | head -1"
+    done = run(command, tmp_path)
+    assert done.stdout.count(b"\n") == 1
+    assert done.stderr == b"cifar10_r1.py: error: whoever read the output has gone\n"
+    assert (tmp_path / "checkpoints/cifar10_r1/last.pt").exists()
