@@ -347,9 +347,8 @@ def download(archive, sources, size, sha256):
     if free < need:
         raise UserError(f"{archive.parent} has {free / 1e6:.0f} MB free, CIFAR-10 needs {need / 1e6:.0f}; make room")
     print(f"downloading CIFAR-10, {size / 1e6:.0f} MB, into {archive.parent}", flush=True)
-    rates = dict.fromkeys(
-        [*filter(None, [os.environ.get("CIFAR10_URL")]), *sources], math.inf
-    )  # of what is left to try
+    urls = [*filter(None, [os.environ.get("CIFAR10_URL")]), *sources]
+    rates = dict.fromkeys(urls, math.inf)  # of the sources that are left to try
     reasons, from_anew = {}, set()
     while rates:
         url = max(rates, key=rates.get)  # the first that is not known to be slow, or the least slow one
@@ -918,7 +917,7 @@ class Checkpoints:
                 if path == paths[-1]:
                     raise
                 print(f"{error}; taking the one before", flush=True)
-        if "recipe" not in checkpoint:
+        if not checkpoint.keys() >= {"recipe", "rows", *self.parts}:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
         epoch, recipe = checkpoint["epoch"], checkpoint["recipe"]
         goes_on = self.after is not None and recipe.get("run") == self.after
