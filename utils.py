@@ -3,6 +3,7 @@ errors, the command line, data, the loader, one epoch of training and of testing
 
 import argparse
 import csv
+import datetime
 import hashlib
 import http.client
 import io
@@ -29,11 +30,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
@@ -60,6 +63,8 @@ def run(main):
         signal.signal(number, interrupt)
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Interrupted as error:
         end(128 + error.number, str(error))
     except BrokenPipeError:
@@ -68,6 +73,8 @@ def run(main):
     except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
         end(2, f"error: {error}")
     except RuntimeError as error:
+        if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
+            end(1, "error: the connection to another process is lost; its own error says why")
         causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
         if not any(re.search("out of memory|can't allocate memory", str(cause)) for cause in causes):
             raise
@@ -77,7 +84,12 @@ def run(main):
 
 def end(status, line):
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a file name may hold a newline
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    if RANK > 0:  # most errors are everybody's, and the first process says them; then torchrun ends this one here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:
+        os._exit(status)  # a group that has lost a member may never come to its orderly end
     sys.exit(status)
 
 
@@ -95,6 +107,33 @@ def interrupt(number, frame):
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # the second Ctrl-C of an impatient user must not disturb the first
     raise Interrupted(number)
+
+
+# ----------------------------------------------------------------------------------------- several processes
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def join_processes(device):
+    """Makes one group of the processes that torchrun has started, of which only the first prints.
+
+    Returns the device of this one. Raises UserError if there are fewer GPUs than processes on the machine.
+    """
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def summed(values, device):
+    """The sums of a list of numbers over the processes."""
+    if WORLD_SIZE == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.double, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -167,6 +206,8 @@ class ArgumentParser(CommandLine):
         args.lr = args.lr or self.recipe_lr
         try:
             args.device = choose_device(args.device)
+            if WORLD_SIZE > 1:
+                args.device = join_processes(args.device)
             args.precision = choose_precision(args.precision, args.device)
         except UserError as error:
             self.error(error)
@@ -576,7 +617,8 @@ class Loader:
     a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is mirrored, as
     torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. `cutout` greys a square of that side
     around a random pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
-    2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which.
+    2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which. Each of several processes has its
+    part of every batch.
     """
 
     CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
@@ -595,7 +637,14 @@ class Loader:
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         batches = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
-        self.batch_sizes = [len(batch) for batch in torch.arange(n).tensor_split(batches)]
+        batches = torch.arange(n).tensor_split(batches)
+        if self.shuffle and len(batches[-1]) < WORLD_SIZE:
+            raise UserError(f"{WORLD_SIZE} processes cannot share a batch of {len(batches[-1])} images")
+        parts = [part for batch in batches if len(part := batch.tensor_split(WORLD_SIZE)[RANK])]
+        self.mine = torch.cat(parts)  # which images of the epoch are this process's
+        self.batch_sizes = [len(part) for part in parts]
+        # DistributedDataParallel averages over processes; so weighted, that is the average over the images of a batch.
+        self.weights = [WORLD_SIZE * len(part) / len(batch) for part, batch in zip(parts, batches, strict=False)]
 
     def __len__(self):
         return len(self.batch_sizes)
@@ -611,7 +660,7 @@ class Loader:
         rows, columns = torch.randint(9, (2, n), generator=generator)
         cut_rows, cut_columns = torch.randint(32, (2, n), generator=generator)
         draws = (order, flips, rows, columns, cut_rows, cut_columns)
-        draws = [draw.to(self.device, non_blocking=True) for draw in draws]
+        draws = [draw[self.mine].to(self.device, non_blocking=True) for draw in draws]
         per_chunk, start = math.ceil(self.CHUNK / self.batch_sizes[0]), 0
         for first in range(0, len(self), per_chunk):
             sizes = self.batch_sizes[first : first + per_chunk]
@@ -651,36 +700,38 @@ def to_device(model, device):
 class TrainStep:
     """A step of training: called with a batch, it updates the weights and returns the loss and the logits.
 
-    On CUDA the forward and the backward pass are captured as a CUDA graph, one a batch size, and replayed: to launch
-    the kernels of such small networks one by one takes a CPU several times as long as a GPU takes to run them.
+    `weight` is that of the loss among those of several processes. On CUDA the forward and the backward pass are
+    captured as a CUDA graph, one a batch size, and replayed: to launch the kernels of such small networks one by one
+    takes a CPU several times as long as a GPU takes to run them. DistributedDataParallel runs without graphs.
     """
 
     WARM_UP = 3  # steps before the first capture, in which the libraries set up what must not happen during one
 
     def __init__(self, model, criterion, optimizer, scaler):
         self.model, self.criterion, self.optimizer, self.scaler = model, criterion, optimizer, scaler
+        self.forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         self.steps, self.graphs = 0, {}
         for group in optimizer.param_groups:
             if group.get("momentum"):  # or a first step that the scaler skips would leave them uninitialised
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def __call__(self, images, labels):
+    def __call__(self, images, labels, weight=1):
         self.steps += 1
-        if images.is_cuda and self.steps > self.WARM_UP:
+        if images.is_cuda and self.steps > self.WARM_UP and WORLD_SIZE == 1:
             loss, logits = self.replay(images, labels)
         else:
-            loss, logits = self.forward_backward(images, labels)
+            loss, logits = self.forward_backward(images, labels, weight)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, logits
 
-    def forward_backward(self, images, labels):
+    def forward_backward(self, images, labels, weight=1):
         self.optimizer.zero_grad()
         with autocast(images):
-            logits = self.model(images)
+            logits = self.forward(images)
             loss = self.criterion(logits, labels)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if weight == 1 else weight * loss).backward()
         return loss.detach(), logits.detach()
 
     def replay(self, images, labels):
@@ -715,12 +766,12 @@ def train(step, loader, epoch):
     """
     step.model.train()
     loader.set_epoch(epoch)
-    torch.manual_seed(epoch_seed(loader.seed, epoch))  # dropout
+    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout
     with Meter(f"Train epoch:{epoch}", loader) as meter:
-        for images, labels in loader:
-            loss, logits = step(images, labels)
+        for (images, labels), weight in zip(loader, loader.weights, strict=True):
+            loss, logits = step(images, labels, weight)
             meter.update(loss, logits, labels)
-        return meter.read()
+        return meter.total()
 
 
 @torch.inference_mode()
@@ -733,7 +784,7 @@ def test(model, loader, criterion, epoch):
                 logits = model(images)
                 loss = criterion(logits, labels)
             meter.update(loss, logits, labels)
-        return meter.read()
+        return meter.total()
 
 
 @torch.inference_mode()
@@ -745,7 +796,7 @@ def per_class_accuracy(model, loader):
         with autocast(images):
             predictions = model(images).argmax(1)
         right += torch.bincount(labels[predictions == labels], minlength=len(right))
-    right, total = right.tolist(), torch.bincount(loader.labels).tolist()
+    right, total = summed(right.tolist(), loader.device), torch.bincount(loader.labels).tolist()
     per_class = {name: 100 * r / n for name, r, n in zip(loader.classes, right, total, strict=True)}
     return 100 * sum(right) / sum(total), per_class
 
@@ -771,7 +822,7 @@ class Meter:
     def __init__(self, name, loader):
         self.name, self.sizes = name, loader.batch_sizes
         self.losses = torch.empty(len(loader), device=loader.device)  # of each step
-        self.right = torch.empty(len(loader.labels), dtype=torch.bool, device=loader.device)  # of each image
+        self.right = torch.empty(len(loader.mine), dtype=torch.bool, device=loader.device)  # of each image
         self.step = self.seen = 0
         self.bar = progress_bar(desc=name, total=len(loader))
         self.next_refresh = time.monotonic() + self.REFRESH
@@ -786,16 +837,24 @@ class Meter:
             self.next_refresh = time.monotonic() + self.REFRESH
 
     def read(self):
-        """(mean loss, accuracy in percent) over the images so far. Raises UserError if a loss is not finite."""
+        """Shows the mean loss and the accuracy so far. Raises UserError if a loss is not finite.
+
+        Returns the sum of the images' losses, how many of the images are right, and how many there were.
+        """
         losses = self.losses[: self.step].cpu()
         bad = losses.isfinite().logical_not().nonzero()
         if len(bad):
             raise UserError(f"{self.name}: the loss is not finite at step {bad[0].item() + 1}; take a lower --lr")
-        loss = (losses.double() @ torch.tensor(self.sizes[: self.step], dtype=torch.double)).item() / self.seen
-        accuracy = 100 * self.right[: self.seen].sum().item() / self.seen
-        self.bar.set_postfix_str(f"loss:{loss:.3f}, accuracy:{accuracy:.3f}", refresh=False)
+        loss = (losses.double() @ torch.tensor(self.sizes[: self.step], dtype=torch.double)).item()
+        right, seen = self.right[: self.seen].sum().item(), self.seen
+        self.bar.set_postfix_str(f"loss:{loss / seen:.3f}, accuracy:{100 * right / seen:.3f}", refresh=False)
         self.bar.update(self.step - self.bar.n)
-        return loss, accuracy
+        return loss, right, seen
+
+    def total(self):
+        """The mean loss and the accuracy in percent, over all images of all processes."""
+        loss, right, seen = summed([*self.read()], self.losses.device)
+        return loss / seen, 100 * right / seen
 
     def __enter__(self):
         return self
@@ -848,6 +907,20 @@ class Checkpoints:
 
         After --evaluate, and for a run that is done, that epoch lies behind the last one: there is nothing to train.
         """
+        epoch = self.start_alone() if RANK == 0 else None
+        if WORLD_SIZE > 1:  # the others have what the first has loaded, from wherever
+            state = io.BytesIO()
+            parts = {"model": self.model} | self.parts
+            torch.save((epoch, {name: part.state_dict() for name, part in parts.items()}), state)
+            shared = [state.getvalue()]
+            dist.broadcast_object_list(shared, device=self.loader.device)
+            epoch, state = torch.load(io.BytesIO(shared[0]), map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                if RANK > 0 and state[name]:
+                    part.load_state_dict(state[name])
+        return epoch
+
+    def start_alone(self):
         args, last = self.args, self.folder / "last.pt"
         if args.evaluate:
             path = last if args.evaluate is True else Path(args.evaluate)
@@ -976,6 +1049,8 @@ class Checkpoints:
 
     def save(self, epoch, train_metrics, test_metrics):
         """Saves an epoch with these (loss, accuracy): best.pt if it is the best, log.csv, last.pt. Raises UserError."""
+        if RANK > 0:
+            return
         weights = self.model.state_dict()
         if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
             raise UserError(f"the weights are not finite after epoch {epoch}; take a lower --lr")
@@ -1013,6 +1088,8 @@ class Checkpoints:
 
     def finish(self, accuracy, per_class):
         """Prints the table of `per_class_accuracy`, and writes run.json where there is none of this run's length."""
+        if RANK > 0:
+            return
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
@@ -1037,6 +1114,7 @@ class Checkpoints:
             "per_class": per_class,
             "seconds": sum(row["seconds"] for row in self.rows),
             "precision": self.args.precision,
+            "processes": WORLD_SIZE,
             "device": device_name(self.loader.device),
             "versions": {
                 "python": platform.python_version(),

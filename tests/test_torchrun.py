@@ -1,0 +1,113 @@
+"""The scripts on several processes, started by torchrun."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, write_images
+from test_scripts import log, weights
+
+R1, R2 = "cifar10_r1.py", "cifar10_r2.py"
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_images(tmp_path / "data", train=31, test=11)  # 93 and 33 images: parts differ by one
+
+
+def begin(folder, torchrun, name, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), str(ROOT / name), *map(str, flags)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Runs a script on so many processes; returns its output."""
+
+    def run(processes, name, *flags, status=0):
+        process = begin(tmp_path, f"--standalone --nproc-per-node={processes}", name, *flags)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == status, stderr
+        return stdout if status == 0 else stderr
+
+    return run
+
+
+def distance(one, other):
+    one, other = weights(one), weights(other)
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_recipe_is_the_recipe(torchrun, script, tmp_path, data, processes):
+    """Without batch-norm, the weights of several processes are those of one, but for rounding."""
+    flags = ["--flip", "--batch-size", 32, "--lr", 0.02, "--epochs", 3, "--checkpoints"]
+    script(R1, *flags, "one")
+    out = torchrun(processes, R1, *flags, "several")
+    assert out.count("93 training and 33 test images") == out.count("Accuracy of the network") == 1
+    one, several = tmp_path / "one/cifar10_r1-flip", tmp_path / "several/cifar10_r1-flip"
+    assert distance(one / "last.pt", several / "last.pt") < 1e-6
+    for ours, theirs in zip(log(several), log(one), strict=True):
+        assert [float(value) for value in ours.values()] == pytest.approx([*map(float, theirs.values())], rel=1e-5)
+
+
+def test_another_number_of_processes_goes_on(torchrun, script, tmp_path, data):
+    flags = [R1, "--batch-size", 32, "--lr", 0.02, "--resume", "--epochs"]
+    script(*flags, 4, "--checkpoints", "one")
+    torchrun(2, *flags, 1)
+    script(*flags, 2)
+    assert "resuming checkpoints/cifar10_r1/last.pt after epoch 2\n" in torchrun(3, *flags, 4)
+    assert distance(tmp_path / "one/cifar10_r1/last.pt", tmp_path / "checkpoints/cifar10_r1/last.pt") < 1e-6
+
+
+def test_a_network_with_batch_norm(torchrun, script, data):
+    flags = [R2, "--batch-size", 32, "--lr", 1e-4, "--epochs", 1]
+    out = torchrun(2, *flags)
+    table = out[out.index("Accuracy") : out.index("Best")]
+    assert table in script(*flags, "--evaluate").stdout
+    assert table in torchrun(2, *flags, "--evaluate")
+
+
+def test_a_mistake_is_said_once(torchrun, data):
+    line = "cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt cannot be read: No such file or directory"
+    assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
+    line = "cifar10_r1.py: error: 2 processes cannot share a batch of 1 images"
+    assert torchrun(2, R1, "--batch-size", 1, status=1).count(line) == 1
+
+
+def two_nodes(tmp_path, *flags):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
+    return [begin(tmp_path, torchrun, R1, *flags) for _ in range(2)]
+
+
+def test_two_nodes(tmp_path, data):
+    for node in (nodes := two_nodes(tmp_path, "--batch-size", 32, "--epochs", 2)):
+        assert node.wait(120) == 0
+    assert sum(node.stdout.read().count("Accuracy of the network") for node in nodes) == 1
+
+
+def test_a_node_that_dies_ends_the_run(tmp_path, data):
+    nodes = two_nodes(tmp_path, "--batch-size", 32, "--epochs", 100_000)
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    while not last.exists():
+        assert nodes[0].poll() is None and nodes[1].poll() is None
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout.split()
+    for process in [nodes[1].pid, *map(int, children)]:
+        os.kill(process, signal.SIGKILL)
+    began = time.monotonic()
+    assert nodes[0].wait(60) != 0
+    assert time.monotonic() - began < 45
+    nodes[1].wait()
+    assert torch.load(last, weights_only=True)["epoch"] >= 1
