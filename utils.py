@@ -383,6 +383,7 @@ def download(archive, sources, size, sha256):
     The address in the environment variable CIFAR10_URL comes first. What breaks off goes on where it stopped, at
     whichever source is next. Raises UserError, which says what was wrong with each source, if none has the file.
     """
+    # pooch and torchvision.datasets.utils download from one address, from the beginning, and wait for a slow one.
     part = archive.with_name(f"{archive.name}.part")
     free, need = shutil.disk_usage(archive.parent).free, 2.1 * size - size_of(part)  # the archive and what it holds
     if free < need:
