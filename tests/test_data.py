@@ -163,11 +163,8 @@ def test_flip_and_crop_have_torchvisions_distribution():
     n = 162 * 200
     loader = make_loader(1, flip=True, crop=True)
     image = loader.images[0]
-    loader.images, loader.labels, loader.batch_sizes = (
-        image.expand(n, -1, -1, -1),
-        torch.zeros(n, dtype=torch.int64),
-        [n // 10] * 10,
-    )
+    loader.images, loader.labels = image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.int64)
+    loader.mine, loader.batch_sizes = torch.arange(n), [n // 10] * 10
     padded = v2.functional.pad(image, [4, 4, 4, 4])
     windows = [padded[:, y : y + 32, x : x + 32] for y, x in itertools.product(range(9), range(9))]
     index = {output.numpy().tobytes(): i for i, output in enumerate([*windows, *(w.flip(-1) for w in windows)])}
