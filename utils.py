@@ -150,7 +150,7 @@ class CommandLine(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        end(2, f"error: {message} (see --help)")
 
 
 class ArgumentParser(CommandLine):
@@ -335,7 +335,7 @@ def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR
     for member, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
         if not check_integrity(folder / member, md5):
             raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
-    splits = [dataset(root, train=train) for train in (True, False)]
+    splits = [dataset(root, train=True), dataset(root, train=False)]
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
     labels = [torch.tensor(split.targets) for split in splits]
     return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
@@ -597,6 +597,9 @@ def make_synthetic():
 # ---------------------------------------------------------------------------------------------------- loader
 
 
+TEST_BATCH_SIZE = 500
+
+
 def dataloaders(args, mean, std, flip=False, crop=False, cutout=0):
     """The training and the test Loader of `args.data`; the last three augment the training images. Raises UserError.
 
@@ -605,7 +608,7 @@ def dataloaders(args, mean, std, flip=False, crop=False, cutout=0):
     data = load_data(args.data)
     common = {"mean": mean, "std": std, "device": args.device, "dtype": DTYPES[args.precision]}
     train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, cutout=cutout, **common)
-    test_loader = Loader(data, "test", 500, **common)
+    test_loader = Loader(data, "test", TEST_BATCH_SIZE, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
     print(f"{images} of {len(data.classes)} classes ({data.source}), on {args.device} in {args.precision}", flush=True)
     return train_loader, test_loader
@@ -637,15 +640,16 @@ class Loader:
         self.flip, self.crop, self.cutout = flip, crop, cutout
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
-        batches = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
-        batches = torch.arange(n).tensor_split(batches)
+        count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
+        batches = torch.arange(n).tensor_split(count)
         if self.shuffle and len(batches[-1]) < WORLD_SIZE:
             raise UserError(f"{WORLD_SIZE} processes cannot share a batch of {len(batches[-1])} images")
-        parts = [part for batch in batches if len(part := batch.tensor_split(WORLD_SIZE)[RANK])]
-        self.mine = torch.cat(parts)  # which images of the epoch are this process's
-        self.batch_sizes = [len(part) for part in parts]
+        shares = [(batch.tensor_split(WORLD_SIZE)[RANK], len(batch)) for batch in batches]
+        shares = [(part, size) for part, size in shares if len(part)]
+        self.mine = torch.cat([part for part, _ in shares])  # which images of the epoch are this process's
+        self.batch_sizes = [len(part) for part, _ in shares]
         # DistributedDataParallel averages over processes; so weighted, that is the average over the images of a batch.
-        self.weights = [WORLD_SIZE * len(part) / len(batch) for part, batch in zip(parts, batches, strict=False)]
+        self.weights = [WORLD_SIZE * len(part) / size for part, size in shares]
 
     def __len__(self):
         return len(self.batch_sizes)
@@ -1010,7 +1014,7 @@ class Checkpoints:
             raise UserError(f"{path} is of a run with {key} {theirs}, this one has {ours}; make them agree")
         if goes_on and epoch >= self.args.epochs:
             raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
-        self.load_network(path, checkpoint, self.NETWORK[:3] if goes_on else self.NETWORK)
+        self.load_network(path, checkpoint, ("model", "arguments", "classes") if goes_on else self.NETWORK)
         if goes_on:  # this script's own rate and weight decay, and the other's moments
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in self.parts.items():

@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -216,10 +217,13 @@ def measure(name, kind, data, device, rounds):
 
 
 START = """
-import sys, time, runpy, utils
+import os, runpy, sys, time, utils
+
 def first_step(*batch):
-    print(time.time()); sys.stdout.flush(); import os; os._exit(0)
-utils.TrainStep.__call__ = lambda self, *batch: first_step()
+    print(time.time(), flush=True)
+    os._exit(0)
+
+utils.TrainStep.__call__ = first_step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -227,10 +231,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def seconds_to_first_step(data, device):
     """From the command to the first step of training."""
-    flags = ["--data", data, "--device", device, "--checkpoints", os.devnull + "-none"]
-    begin = time.time()
-    command = [sys.executable, "-c", START, str(ROOT / "cifar10_r2.py"), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        flags = ["--data", data, "--device", device, "--checkpoints", checkpoints]
+        command = [sys.executable, "-c", START, str(ROOT / "cifar10_r2.py"), *flags]
+        begin = time.time()
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
     return float(done.stdout.splitlines()[-1]) - begin
 
 

@@ -18,6 +18,9 @@ from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
+SCRIPTS = R1, R2, R3, R4, MOBILENET = (
+    "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py",
+)  # fmt: skip
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 # Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
@@ -26,13 +29,18 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torchvision", "utils", "models"])
 
 
+def output(folder, stream):
+    """The file with the "stdout" or "stderr" of the script that has run, or runs, in `folder`."""
+    return folder.with_name(f"{folder.name}.{stream}")
+
+
 def as_a_process(path, flags, folder, environment, before):
     """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"../{folder.name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(output(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = [path, *flags]
     if before:
@@ -65,7 +73,7 @@ def script(start, tmp_path):
     def run(name, *flags, status=0, before=None):
         process = start(name, *flags, before=before)
         process.join(300)
-        texts = {name: tmp_path.with_name(f"{tmp_path.name}.{name}").read_text() for name in ("stdout", "stderr")}
+        texts = {stream: output(tmp_path, stream).read_text() for stream in ("stdout", "stderr")}
         assert process.exitcode == status, texts["stderr"]
         return SimpleNamespace(**texts)
 

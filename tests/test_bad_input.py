@@ -5,11 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, write_images
+from conftest import R1, R2, ROOT, SCRIPTS, write_images
 from PIL import Image
-
-SCRIPTS = ["cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py"]
-R1, R2, R3, R4, MOBILENET = SCRIPTS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

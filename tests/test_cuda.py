@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from conftest import MOBILENET, R1, R2, R3, R4
 from torch import nn
 
 import utils
 from models import MobileNetV2, ResNet18
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-R1, R2, R3, R4, MOBILENET = (
-    f"{name}.py" for name in ("cifar10_r1", "cifar10_r2", "cifar10_r3", "cifar10_r4", "train_mobilenetv2")
-)
 CUDA = torch.device("cuda")
 
 

@@ -10,12 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import MOBILENET, R1, R2, R3, R4, output, write_images
 from test_scripts import log, same_weights
-
-R1, R2, R3, R4, MOBILENET = (
-    f"{name}.py" for name in ("cifar10_r1", "cifar10_r2", "cifar10_r3", "cifar10_r4", "train_mobilenetv2")
-)
 
 
 def wait_for_a_save(process, last):
@@ -44,7 +40,7 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_p
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert ("resuming parts/" in tmp_path.with_name(f"{tmp_path.name}.stdout").read_text()) == (kill > 0)
+        assert ("resuming parts/" in output(tmp_path, "stdout").read_text()) == (kill > 0)
     assert re.search(r"resuming parts/.* after epoch [345]\b", script(name, *flags, "--checkpoints", "parts").stdout)
     assert same_weights(whole / "last.pt", parts / "last.pt") and same_weights(whole / "best.pt", parts / "best.pt")
     assert log(whole) == log(parts)
@@ -60,7 +56,7 @@ def test_a_signal_ends_the_run_with_one_line(start, script, tmp_path, folders, n
     wait_for_a_save(process, folder / "last.pt")
     os.kill(process.pid, number)
     process.join()
-    line = tmp_path.with_name(f"{tmp_path.name}.stderr").read_text()
+    line = output(tmp_path, "stderr").read_text()
     assert process.exitcode == 128 + number and line.count("\n") == 1
     assert not list(folder.glob("*.new"))
     command = re.fullmatch(rf"cifar10_r4.py: ended by {number.name}; python (.* --resume) goes on after .*\n", line)[1]

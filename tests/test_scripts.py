@@ -14,11 +14,10 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import R1, R2, ROOT, write_images
 
 import utils
 
-R1, R2 = "cifar10_r1.py", "cifar10_r2.py"
 EPOCH = re.compile(
     r"epoch:(\d+)/\d+ train loss:\d+\.\d{3}, accuracy:\d+\.\d{3}, test loss:\d+\.\d{3}, accuracy:(\S+), saved.*"
 )

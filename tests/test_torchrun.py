@@ -9,10 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import R1, R2, ROOT, write_images
 from test_scripts import log, weights
-
-R1, R2 = "cifar10_r1.py", "cifar10_r2.py"
 
 
 @pytest.fixture
