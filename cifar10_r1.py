@@ -10,6 +10,7 @@ python cifar10_r1.py --flip --evaluate     # only test
 import torch
 from torch import nn
 
+import plot
 import utils
 from models import TutorialCNN
 
@@ -43,7 +44,10 @@ def main():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         checkpoints.save(epoch, train_metrics, test_metrics)
-    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+    logits = utils.predict(model, test_loader)
+    checkpoints.finish(logits)
+    if not args.evaluate:
+        plot.draw(checkpoints.folder, logits, test_loader)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ python cifar10_r4.py --stem cifar --evaluate # only test
 import torch
 from torch import nn
 
+import plot
 import utils
 from models import ResNet18
 
@@ -49,7 +50,10 @@ def main():
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
-    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+    logits = utils.predict(model, test_loader)
+    checkpoints.finish(logits)
+    if not args.evaluate:
+        plot.draw(checkpoints.folder, logits, test_loader)
 
 
 if __name__ == "__main__":

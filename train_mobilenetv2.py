@@ -8,6 +8,7 @@ python train_mobilenetv2.py --evaluate   # only test
 import torch
 from torch import nn
 
+import plot
 import utils
 from models import MobileNetV2
 
@@ -44,7 +45,10 @@ def main():
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
-    checkpoints.finish(*utils.per_class_accuracy(model, test_loader))
+    logits = utils.predict(model, test_loader)
+    checkpoints.finish(logits)
+    if not args.evaluate:
+        plot.draw(checkpoints.folder, logits, test_loader)
 
 
 if __name__ == "__main__":

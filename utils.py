@@ -6,6 +6,7 @@ import csv
 import datetime
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import math
@@ -34,13 +35,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # ---------------------------------------------------------------------------------------------------- errors
 
@@ -170,6 +176,7 @@ class ArgumentParser(CommandLine):
         add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
         add("--checkpoints", type=Path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
+        add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into the run's folder")
         mode = self.add_mutually_exclusive_group()
         add = mode.add_argument
         add("--resume", nargs="?", const=True, metavar="FILE", help="go on from this run's last.pt, or from FILE")
@@ -204,6 +211,8 @@ class ArgumentParser(CommandLine):
         args.resume_command = shlex.join(["python", *resume_command, "--resume"])
         args.lr_given = args.lr is not None
         args.lr = args.lr or self.recipe_lr
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            self.error("--tensorboard needs a package that is not installed: pip install tensorboard")
         try:
             args.device = choose_device(args.device)
             if WORLD_SIZE > 1:
@@ -530,28 +539,40 @@ def list_images(folder):
     """A dict from each class folder's name to the paths of the images under it."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; class folders lie in train/<class>/ and test/<class>/")
-    Image.init()
-    extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
     images = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            found = make_dataset(path.parent, {path.name: 0}, extensions=extensions, allow_empty=True)
-            images[path.name] = [file for file, _ in found if not os.path.basename(file).startswith(".")]
-            if not images[path.name]:
-                raise UserError(f"{path} holds no image; fill the folder or delete it")
+            images[path.name] = images_under(path)
     return images
 
 
-def read_image(path):
-    """The image's pixels, an array of shape (32, 32, 3). Raises UserError if it is no whole 32x32 image of 8 bits."""
+def images_under(folder):
+    """The paths of the files, at any depth, that Pillow has a format for, hidden ones apart. UserError without any."""
+    Image.init()
+    extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    found = make_dataset(folder.parent, {folder.name: 0}, extensions=extensions, allow_empty=True)
+    images = [path for path, _ in found if not os.path.basename(path).startswith(".")]
+    if not images:
+        raise UserError(f"{folder} holds no image; fill the folder or delete it")
+    return images
+
+
+def read_image(path, resize=False):
+    """The image's pixels, an array of shape (32, 32, 3). Raises UserError if it is no whole image of 8 bits a channel.
+
+    One of another size is refused, or with `resize` all of it is averaged over boxes.
+    """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # Pillow's advice on palettes; a huge image is refused below
-            if image.size != (32, 32):
+            if image.size != (32, 32) and not resize:
                 raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize it or take it out")
             if image.mode[0] in "IF":  # 16 and 32 bits a pixel, which convert() would clip to white
                 raise UserError(f"{path} has more than 8 bits a channel; convert it or take it out")
-            return np.asarray(image.convert("RGB"))
+            pixels = image.convert("RGB")
+            if resize:  # the right way up first, as a camera notes it
+                pixels = ImageOps.exif_transpose(pixels).resize((32, 32), Image.Resampling.BOX)
+            return np.asarray(pixels)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything at a damaged file
@@ -793,17 +814,29 @@ def test(model, loader, criterion, epoch):
 
 
 @torch.inference_mode()
-def per_class_accuracy(model, loader):
-    """The accuracy over all images and a dict from class name to the accuracy over its images, in percent."""
+def predict(model, loader):
+    """The logits of a test loader's images, float32 of shape (N, classes) on the CPU; in every process all of them."""
     model.eval()
-    right = torch.zeros(len(loader.classes), dtype=torch.int64, device=loader.device)
-    for images, labels in loader:
+    mine = []
+    for images, _ in loader:
         with autocast(images):
-            predictions = model(images).argmax(1)
-        right += torch.bincount(labels[predictions == labels], minlength=len(right))
-    right, total = summed(right.tolist(), loader.device), torch.bincount(loader.labels).tolist()
-    per_class = {name: 100 * r / n for name, r, n in zip(loader.classes, right, total, strict=True)}
-    return 100 * sum(right) / sum(total), per_class
+            mine.append(model(images).float())
+    logits = torch.zeros(len(loader.labels), len(loader.classes), device=loader.device)
+    logits[loader.mine.to(loader.device)] = torch.cat(mine)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(logits)  # each image's are those of one process, and zero in the others
+    return logits.cpu()
+
+
+def confusion_matrix(logits, labels):
+    """How many images of each class (row) are taken for each class (column): int64 of shape (classes, classes)."""
+    classes = logits.shape[1]
+    return torch.bincount(classes * labels + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def per_class_accuracy(confusion):
+    """Of each class, how many percent of its images are taken for it: float64 of shape (classes,)."""
+    return 100 * confusion.diagonal().double() / confusion.sum(1)
 
 
 def autocast(images):
@@ -888,6 +921,7 @@ class Checkpoints:
         self.lock = None  # on the folder, once the run writes into it
         self.intact = True  # last.pt, as far as this run knows
         self.rows = []  # of log.csv: one dict an epoch
+        self.writer = None  # of TensorBoard's events
         self.network = {  # what a file for inference says of the network, beside its weights
             "model": type(model).__name__,
             "arguments": model.arguments,
@@ -1079,6 +1113,8 @@ class Checkpoints:
         state |= {"recipe": self.recipe, "rows": self.rows}
         write_checkpoint(self.folder / "last.pt", state, self.folder / "last.previous.pt" if self.intact else None)
         self.intact = True
+        if self.args.tensorboard:
+            self.write_tensorboard()
         (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         if not terminal:
             figures = [
@@ -1091,10 +1127,16 @@ class Checkpoints:
         """The log row of the epoch that was the first to reach the best test accuracy."""
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
-    def finish(self, accuracy, per_class):
-        """Prints the table of `per_class_accuracy`, and writes run.json where there is none of this run's length."""
+    def finish(self, logits):
+        """Prints the accuracy by class; writes run.json where there is none of this run's length.
+
+        logits: those of `predict` for the test images.
+        """
         if RANK > 0:
             return
+        confusion = confusion_matrix(logits, self.loader.data.test_labels)
+        accuracy = 100 * confusion.trace().item() / len(logits)
+        per_class = dict(zip(self.loader.classes, per_class_accuracy(confusion).tolist(), strict=True))
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
@@ -1117,7 +1159,9 @@ class Checkpoints:
             "best_accuracy": best["test_accuracy"],
             "best_epoch": best["epoch"],
             "per_class": per_class,
+            "confusion": confusion.tolist(),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "peak_memory_mb": peak_memory(self.loader.device),
             "precision": self.args.precision,
             "processes": WORLD_SIZE,
             "device": device_name(self.loader.device),
@@ -1129,7 +1173,7 @@ class Checkpoints:
             "commit": commit(),
             "epochs": self.rows,
         }
-        write_whole(self.folder / "run.json", json.dumps(record, indent=1).encode() + b"\n")
+        write_whole(self.folder / "run.json", record_text(record).encode())
 
     def write_log(self):
         text = io.StringIO(newline="")
@@ -1137,6 +1181,19 @@ class Checkpoints:
         writer.writeheader()
         writer.writerows(self.rows)
         write_whole(self.folder / "log.csv", text.getvalue().encode())
+
+    def write_tensorboard(self):
+        """Adds the last row to the folder's event file; a process that begins or goes on writes all rows anew."""
+        rows = self.rows[-1:]
+        if not self.writer:
+            from torch.utils.tensorboard import SummaryWriter  # a package that only this needs
+
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            self.writer, rows = SummaryWriter(self.folder / "tensorboard"), self.rows
+        for row in rows:
+            for name in row.keys() - {"epoch"}:
+                self.writer.add_scalar(re.sub("(.*)_(.*)", r"\2/\1", name), row[name], row["epoch"])
+        self.writer.flush()
 
 
 def write_checkpoint(path, state, keep=None):
@@ -1167,6 +1224,17 @@ def write_whole(path, content, keep=None):
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
 
 
+def record_text(record):
+    """The record as JSON: a line for each of its members, for each epoch and for each row of the confusion matrix."""
+    lines = []
+    for name, value in record.items():
+        text = json.dumps(value)
+        if name in ("confusion", "epochs"):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def read_checkpoint(path):
     """The dict that `write_checkpoint` wrote, its tensors on the CPU. Raises UserError if it is missing or damaged."""
     try:
@@ -1195,6 +1263,17 @@ def device_name(device):
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(": ")[2] if names else cpu
     return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
+    peak = {}
+    if resource:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+    if device.type == "cuda":
+        peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    return peak
 
 
 def commit():

@@ -26,7 +26,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 # Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
 os.environ["PYTHONPATH"] = str(ROOT)
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torchvision", "utils", "models"])
+PROCESSES.set_forkserver_preload(["plot", "predict"])
 
 
 def output(folder, stream):

@@ -58,7 +58,7 @@ def test_a_run_leaves_its_record(script, tmp_path, folders):
     script(R1, "--data", folders, "--epochs", 3, "--lr", 0.02, "--flip")
     folder = tmp_path / "checkpoints/cifar10_r1-flip"
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
-        "best.pt", "last.previous.pt", "last.pt", "log.csv", "run.json",
+        "best.pt", "confusion.png", "curves.png", "last.previous.pt", "last.pt", "log.csv", "mistakes.png", "run.json",
     ]  # fmt: skip
     rows, record = log(folder), json.loads((folder / "run.json").read_text())
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and {row["lr"] for row in rows} == {"0.02"}

@@ -1,0 +1,152 @@
+"""Pictures of training runs; each training script draws those of its own run at its end.
+
+python plot.py checkpoints/cifar10_r3                              # curves, confusion and mistakes, into its folder
+python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves of several runs, into comparison.png
+"""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
+from matplotlib.lines import Line2D
+
+import utils
+from predict import load_classifier
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
+
+
+def draw(folder, logits, loader):
+    """Draws curves.png, confusion.png and mistakes.png of a run into its folder. Raises UserError.
+
+    logits: those of `utils.predict` for the images of `loader`, the test loader.
+    """
+    if utils.RANK > 0:
+        return
+    data, rows = loader.data, read_log(folder)
+    network = f"{folder.name}, after epoch {rows[-1]['epoch']:.0f}"
+    curves({folder.name: rows}, folder / "curves.png")
+    confusion(utils.confusion_matrix(logits, data.test_labels), data.classes, network, folder / "confusion.png")
+    mistakes(data.test_images, data.test_labels, logits, data.classes, network, folder / "mistakes.png")
+    print(f"curves.png, confusion.png and mistakes.png are in {folder}")
+
+
+def read_log(folder):
+    """The rows of a run's log.csv, each a dict from the column's name to a float. Raises UserError."""
+    try:
+        with open(folder / "log.csv", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        if rows and rows[0].keys() >= {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}:
+            return rows
+    except FileNotFoundError:
+        raise utils.UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
+    except (ValueError, TypeError):  # no number, or a row with too few or too many of them
+        pass
+    raise utils.UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
+
+
+def curves(logs, path):
+    """Draws accuracy, loss and learning rate by epoch. logs: a dict from each run's name to its log's rows."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for (name, rows), color in zip(logs.items(), COLORS, strict=False):
+        column = {key: [row[key] for row in rows] for key in rows[0]}
+        style = {"color": color, "marker": "." if len(rows) < 40 else ""}
+        for axis, what in zip(axes, ("accuracy", "loss"), strict=False):
+            axis.plot(column["epoch"], column[f"test_{what}"], **style)
+            axis.plot(column["epoch"], column[f"train_{what}"], ":", **style, linewidth=1, markersize=3)
+        axes[2].plot(column["epoch"], column["lr"], **style, label=name)
+    axes[0].set(title="accuracy in percent", xlabel="epoch")
+    axes[1].set(title="loss", xlabel="epoch", ylim=(0, None))
+    axes[2].set(title="learning rate", xlabel="epoch")
+    axes[2].set(**{"ylim": (0, None)} if len(logs) == 1 else {"yscale": "log"})  # optimizers' rates differ in scale
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    lines = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle=":")]
+    axes[1].legend(lines, ["test", "training, as it went"], frameon=False)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False)
+    save(figure, path)
+
+
+def confusion(matrix, classes, network, path):
+    """Draws a `utils.confusion_matrix`, in percent of each row; the diagonal has the accuracy of each class."""
+    percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
+    mistaken = np.ma.masked_array(percent, mask=np.eye(len(classes), dtype=bool))
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(mistaken, cmap="Oranges", vmin=0, vmax=max(mistaken.max(), 1))  # which would drown in the diagonal's
+    ticks = range(len(classes))
+    axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(ticks, classes)
+    axis.set(xlabel="taken for", ylabel="is", title=f"{network}: percent of each class's test images")
+    for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
+        if i == j:
+            axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
+        elif matrix[i, j]:
+            color = "white" if percent[i, j] > 0.6 * mistaken.max() else "black"
+            axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", color=color, size=9)
+    save(figure, path)
+
+
+def mistakes(images, labels, logits, classes, network, path):
+    """Draws the 20 images, of a uint8 tensor (N, 3, 32, 32), that are taken for the wrong class most confidently."""
+    confidence, predictions = logits.softmax(1).max(1)
+    wrong = (predictions != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    figure = Figure(figsize=(8, 8.2), layout="constrained")
+    figure.suptitle(f"{network}: {len(wrong)} of {len(labels)} test images wrong, the most confident mistakes first")
+    axes = figure.subplots(4, 5).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, i in zip(axes, wrong.tolist(), strict=False):
+        axis.imshow(images[i].permute(1, 2, 0).numpy())
+        taken_for = classes[predictions[i]]
+        axis.set_title(f"{taken_for} {100 * confidence[i]:.1f} %\nis {classes[labels[i]]}", size=10)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Writes the picture whole, in the format of the path's suffix. Raises UserError."""
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    except ValueError as error:  # a suffix that is no picture's
+        raise utils.UserError(f"{path}: {error}") from None
+    utils.write_whole(path, content.getbuffer())
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
+    add("--output", type=Path, metavar="FILE", help="for several runs (default: comparison.png)")
+    add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    args = parser.parse_args()
+
+    if len(args.runs) > 1:
+        if len(args.runs) > len(COLORS):
+            parser.error(f"{len(args.runs)} runs are more than there are colours, {len(COLORS)}")
+        output = args.output or Path("comparison.png")
+        curves({run.name: read_log(run) for run in args.runs}, output)
+        print(f"the curves are in {output}")
+        return
+    (folder,) = args.runs
+    read_log(folder)  # whatever is missing is said before the data is read
+    device = utils.choose_device(args.device)
+    classifier = load_classifier(folder / "last.pt", device)
+    data = utils.load_data("synthetic" if classifier.data == "synthetic" else args.data)
+    if data.classes != classifier.classes:
+        raise utils.UserError(f"{folder} was trained on other classes than --data {args.data} has; name its data")
+    precision = utils.DTYPES[utils.choose_precision("auto", device)]
+    mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
+    loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=precision)
+    draw(folder, utils.predict(utils.to_device(classifier.network, device), loader), loader)
+
+
+if __name__ == "__main__":
+    utils.run(main)

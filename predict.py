@@ -1,0 +1,105 @@
+"""What a trained network takes pictures for.
+
+python predict.py cat.jpg holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt
+python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt --json
+
+Pictures of any size are brought to 32x32 as those of ImageNet32x32 were (Chrabaszcz, Loshchilov and Hutter, "A
+Downsampled Variant of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape,
+by averaging over boxes. What fills the picture is classified best, as in CIFAR-10 itself.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+import utils
+
+
+class Classifier(nn.Module):
+    """A trained network with what is needed to use it; `load_classifier` makes one.
+
+    Takes images as `read_picture` returns them, uint8 of shape (N, 3, 32, 32), and returns logits, float32 of shape
+    (N, classes). network: the module of models/, which takes normalised images; classes: list[str]; mean, std: of the
+    channels, as float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch: int;
+    accuracy: float, in percent on the test images, after that epoch.
+    """
+
+    def __init__(self, network, checkpoint):
+        super().__init__()
+        self.network = network
+        self.classes, self.data = checkpoint["classes"], checkpoint["data"]
+        self.epoch, self.accuracy = checkpoint["epoch"], checkpoint["accuracy"]
+        self.register_buffer("mean", torch.tensor(checkpoint["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(checkpoint["std"]).view(3, 1, 1))
+
+    def forward(self, images):
+        return self.network((images / 255 - self.mean) / self.std).float()
+
+
+def load_classifier(path, device="cpu"):
+    """The Classifier of a checkpoint, `best.pt` or `last.pt`, ready to use (in evaluation mode, without gradients).
+
+    Raises UserError if the file is missing, damaged, or of a network that is not in models/.
+    """
+    path = Path(path)
+    checkpoint = utils.read_checkpoint(path)
+    name = checkpoint["model"]
+    if name not in models.__all__:
+        raise utils.UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
+    try:
+        network = getattr(models, name)(**checkpoint["arguments"])
+        network.load_state_dict(checkpoint["weights"])
+    except (TypeError, ValueError, RuntimeError):  # arguments or weights of another version of the network
+        raise utils.UserError(f"{path} holds another {name} than models/ has now") from None
+    return Classifier(network, checkpoint).eval().requires_grad_(False).to(device)
+
+
+def read_picture(path):
+    """A picture of any size as uint8 of shape (3, 32, 32). Raises UserError if it cannot be read."""
+    return torch.from_numpy(utils.read_image(path, resize=True).transpose(2, 0, 1).copy())
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    add = parser.add_argument
+    add("pictures", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
+    add("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
+    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    add("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+
+    device = utils.choose_device(args.device)
+    classifier = load_classifier(args.checkpoint, device)
+    paths = [path for given in args.pictures for path in (utils.images_under(given) if given.is_dir() else [given])]
+    pictures = torch.stack([read_picture(path) for path in paths])
+    probabilities = torch.cat([classifier(batch.to(device)).softmax(1).cpu() for batch in pictures.split(500)])
+    values, indices = probabilities.topk(min(3, len(classifier.classes)))
+    top = [
+        {classifier.classes[i]: p for p, i in zip(*pair, strict=True)}
+        for pair in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+    network = {
+        "checkpoint": args.checkpoint,
+        "network": type(classifier.network).__name__,
+        "trained_on": classifier.data,
+        "classes": classifier.classes,
+        "epoch": classifier.epoch,
+        "test_accuracy": classifier.accuracy,
+    }
+    if args.json:
+        predictions = [{"file": str(path), "probabilities": p} for path, p in zip(paths, top, strict=True)]
+        print(json.dumps(network | {"predictions": predictions}, indent=1))
+        return
+    print(
+        f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the test "
+        f"images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
+    )
+    for path, probability in zip(paths, top, strict=True):
+        print(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in probability.items())}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
