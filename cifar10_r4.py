@@ -27,7 +27,7 @@ STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usu
 
 
 def main():
-    parser = utils.ArgumentParser(__doc__, epochs=None, batch_size=BATCH_SIZE, lr=LR)
+    parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
     parser.add_argument("--stem", choices=EPOCHS, default="imagenet", help="the first layers (default: %(default)s)")
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS[args.stem]

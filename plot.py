@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
 from matplotlib.lines import Line2D
 
@@ -142,9 +143,8 @@ def main():
     data = utils.load_data("synthetic" if classifier.data == "synthetic" else args.data)
     if data.classes != classifier.classes:
         raise utils.UserError(f"{folder} was trained on other classes than --data {args.data} has; name its data")
-    precision = utils.DTYPES[utils.choose_precision("auto", device)]
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
-    loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=precision)
+    loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=torch.float32)
     draw(folder, utils.predict(utils.to_device(classifier.network, device), loader), loader)
 
 

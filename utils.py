@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -37,6 +38,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
@@ -127,10 +129,32 @@ def join_processes(device):
     """
     if device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(attempt(store), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
+
+
+def attempt(store):
+    """A name that only the processes of this attempt have, and all of them: the first one's, once each has got it.
+
+    After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 167288).
+    """
+    mine = uuid.uuid4().hex
+    if RANK == 0:
+        store.set("attempt", mine)
+        others = [store.get(f"{mine}/{rank}").decode() for rank in range(1, WORLD_SIZE)]  # waits for each
+        store.set(f"{mine}/complete", " ".join(others))
+        return mine
+    while True:
+        name = store.get("attempt").decode()  # that of the attempt before, if this one's first process is not there yet
+        store.set(f"{name}/{RANK}", mine)
+        if store.check([f"{name}/complete"]) and mine in store.get(f"{name}/complete").decode():
+            return name
+        time.sleep(0.05)
 
 
 def summed(values, device):
@@ -166,10 +190,13 @@ class ArgumentParser(CommandLine):
     """
 
     def __init__(self, description, *, epochs, batch_size, lr, precision="auto"):
+        """epochs: how many, or a dict from the experiment to how many, of which the script takes its own."""
         super().__init__(description)
         add = self.add_argument
         add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or 'see above'})")
+        if isinstance(epochs, dict):
+            text, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or text})")
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")
@@ -663,8 +690,9 @@ class Loader:
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
         batches = torch.arange(n).tensor_split(count)
-        if self.shuffle and len(batches[-1]) < WORLD_SIZE:
-            raise UserError(f"{WORLD_SIZE} processes cannot share a batch of {len(batches[-1])} images")
+        shared = len(batches[-1]) if self.shuffle else n  # of each training batch every process has its part
+        if shared < WORLD_SIZE:
+            raise UserError(f"{WORLD_SIZE} processes cannot share {shared} image{'s' * (shared > 1)} for {split}ing")
         shares = [(batch.tensor_split(WORLD_SIZE)[RANK], len(batch)) for batch in batches]
         shares = [(part, size) for part, size in shares if len(part)]
         self.mine = torch.cat([part for part, _ in shares])  # which images of the epoch are this process's

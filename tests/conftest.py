@@ -105,6 +105,16 @@ def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix
     return root
 
 
+class Trap:
+    """Where it is unpickled as any object is, the file `path` appears."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 @pytest.fixture
 def folders(tmp_path):
     return write_images(tmp_path / "pictures")

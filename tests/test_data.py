@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR10_CLASSES, write_images
+from conftest import CIFAR10_CLASSES, Trap, write_images
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -127,12 +127,8 @@ def test_a_damaged_member_is_named_and_not_unpickled(original):
     root, hashes, _ = original
     utils.read_original(root, **hashes)
 
-    class Trap:
-        def __reduce__(self):
-            return (root / "sprung").write_text, ("",)
-
     member = root / CIFAR10.base_folder / "data_batch_3"
-    member.write_bytes(pickle.dumps(Trap()))
+    member.write_bytes(pickle.dumps(Trap(root / "sprung")))
     with pytest.raises(utils.UserError, match="data_batch_3 is missing or damaged"):
         utils.read_original(root, **hashes)
     assert not (root / "sprung").exists()

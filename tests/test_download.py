@@ -10,7 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import PROCESSES
+from conftest import PROCESSES, Trap
 from torchvision.datasets import CIFAR10
 
 import utils
@@ -232,16 +232,6 @@ def test_two_processes_share_one_download(server, original):
         assert process.exitcode == 0
     assert server.requests == [("/slow", None)]
     assert utils.read_original(root, [], **hashes).source == "CIFAR-10 archive"
-
-
-class Trap:
-    """A pickle that creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("right_hash", [False, True])

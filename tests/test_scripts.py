@@ -14,7 +14,7 @@ import termios
 
 import pytest
 import torch
-from conftest import R1, R2, ROOT, write_images
+from conftest import R1, R2, ROOT, Trap, write_images
 
 import utils
 
@@ -237,11 +237,7 @@ def test_what_the_command_line_refuses(capsys, flags, words):
 
 
 def test_a_foreign_checkpoint_is_refused(refused, tmp_path, folders):
-    class Trap:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'sprung'}",)
-
-    for content in ({"a": 1}, [1, 2], {"weights": {}, "arguments": {}}, Trap()):
+    for content in ({"a": 1}, [1, 2], {"weights": {}, "arguments": {}}, Trap(tmp_path / "sprung")):
         torch.save(content, tmp_path / "foreign.pt")
         for flag in ("--resume", "--evaluate"):
             assert "foreign.pt" in refused(R1, "--data", folders, flag, "foreign.pt")

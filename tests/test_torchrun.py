@@ -74,19 +74,45 @@ def test_a_network_with_batch_norm(torchrun, script, data):
     assert table in torchrun(2, *flags, "--evaluate")
 
 
-def test_a_mistake_is_said_once(torchrun, data):
+def test_a_mistake_is_said_once(torchrun, tmp_path, data):
     line = "cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt cannot be read: No such file or directory"
     assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
-    line = "cifar10_r1.py: error: 2 processes cannot share a batch of 1 images"
+    line = "cifar10_r1.py: error: 2 processes cannot share 1 image for training\n"
     assert torchrun(2, R1, "--batch-size", 1, status=1).count(line) == 1
+    few = write_images(tmp_path / "few", classes=("cat", "dog"), train=9, test=1)
+    line = "cifar10_r1.py: error: 3 processes cannot share 2 images for testing\n"
+    assert torchrun(3, R1, "--data", few, status=1).count(line) == 1
 
 
-def two_nodes(tmp_path, *flags):
+def children(process):
+    return [*map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split())]
+
+
+def wait_for_a_save(tmp_path, *processes):
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    while not last.exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    return last
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
+    flags = ["--batch-size", 32, "--epochs", 200, "--resume"]
+    process = begin(tmp_path, "--standalone --nproc-per-node=2 --max-restarts=1", R1, *flags)
+    last = wait_for_a_save(tmp_path, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "resuming checkpoints/cifar10_r1/last.pt after epoch" in stdout
+    assert torch.load(last, weights_only=True)["epoch"] == 200
+
+
+def two_nodes(tmp_path, *flags, restarts=0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
-    return [begin(tmp_path, torchrun, R1, *flags) for _ in range(2)]
+    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", R1, *flags) for _ in range(2)]
 
 
 def test_two_nodes(tmp_path, data):
@@ -95,15 +121,21 @@ def test_two_nodes(tmp_path, data):
     assert sum(node.stdout.read().count("Accuracy of the network") for node in nodes) == 1
 
 
+def test_two_nodes_go_on_after_one_lost_its_process(tmp_path, data):
+    nodes = two_nodes(tmp_path, "--batch-size", 32, "--epochs", 200, "--resume", restarts=3)
+    last = wait_for_a_save(tmp_path, *nodes)
+    os.kill(children(nodes[1])[0], signal.SIGKILL)
+    for node in nodes:
+        assert node.wait(120) == 0
+    assert any("resuming checkpoints/cifar10_r1/last.pt after epoch" in node.stdout.read() for node in nodes)
+    assert torch.load(last, weights_only=True)["epoch"] == 200
+
+
 def test_a_node_that_dies_ends_the_run(tmp_path, data):
     nodes = two_nodes(tmp_path, "--batch-size", 32, "--epochs", 100_000)
-    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
-    while not last.exists():
-        assert nodes[0].poll() is None and nodes[1].poll() is None
-        time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout.split()
-    for process in [nodes[1].pid, *map(int, children)]:
-        os.kill(process, signal.SIGKILL)
+    last = wait_for_a_save(tmp_path, *nodes)
+    for pid in [nodes[1].pid, *children(nodes[1])]:
+        os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     assert nodes[0].wait(60) != 0
     assert time.monotonic() - began < 45

@@ -1,0 +1,251 @@
+"""The rows of the README's table again, one after another, each as the command that stands there.
+
+python reproduce.py                          # all of them, which takes days without a GPU
+python reproduce.py --only r1-flip r2-crop
+python reproduce.py --only r1-flip --seeds 3
+python reproduce.py --list                   # what there is, and how far it is
+python reproduce.py --readme                 # writes the README's tables and pictures anew, from results/
+
+It can be ended and started again at any time: finished rows are not run again, an unfinished one goes on. The record of
+a finished row goes into results/mine, and is compared with those of other machines, in the folders beside it.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import plot
+import utils
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+
+class Row(NamedTuple):
+    """A row of the table. run: the name of its folder; to_reach: percent; after: the row that this one goes on from."""
+
+    command: str
+    run: str
+    to_reach: float
+    after: str | None = None
+
+
+ROWS = {
+    "r1": Row("cifar10_r1.py", "cifar10_r1", 60),
+    "r1-flip": Row("cifar10_r1.py --flip", "cifar10_r1-flip", 67),
+    "r2": Row("cifar10_r2.py", "cifar10_r2", 75),
+    "r2-crop": Row("cifar10_r2.py --crop", "cifar10_r2-crop", 83.2),
+    "r3": Row("cifar10_r3.py --resume", "cifar10_r3", 83.9, after="r2-crop"),
+    "r4": Row("cifar10_r4.py", "cifar10_r4", 83.9),
+    # laid out for an hour and a half on two CPU cores
+    "r4-cifar-short": Row("cifar10_r4.py --stem cifar --epochs 30", "cifar10_r4-cifar", 92),
+    "r4-cifar": Row("cifar10_r4.py --stem cifar", "cifar10_r4-cifar", 94),
+    "r4-cifar-nopool": Row("cifar10_r4.py --stem cifar-nopool", "cifar10_r4-cifar-nopool", 95),
+    "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
+    # the same, on two CPU cores
+    "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 14", "train_mobilenetv2", 91),
+    "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
+    "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
+}
+# r3's accuracy by class in the text that these scripts grew from
+R3_BY_CLASS = {
+    "airplane": 86.2, "automobile": 91.3, "bird": 76.3, "cat": 59.7, "deer": 85.4,
+    "dog": 80.2, "frog": 89.3, "horse": 87.1, "ship": 91.6, "truck": 91.5,
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """A row with a seed. folder: its run's; record: the file that its record goes into."""
+
+    name: str
+    seed: int
+    folder: Path
+    record: Path
+
+    def __str__(self):
+        return f"{self.name}, seed {self.seed}"
+
+    def epochs(self):
+        """The seconds of each epoch that is done."""
+        return [row["seconds"] for row in plot.read_log(self.folder)] if (self.folder / "log.csv").exists() else []
+
+
+def run(job, args, later):
+    """Runs the job to its end; each of its epochs is printed with the time left. Raises UserError if it fails."""
+    script, *flags = ROWS[job.name].command.removesuffix(" --resume").split()
+    flags += ["--seed", job.seed, "--data", args.data, "--device", args.device]
+    flags += ["--checkpoints", job.folder.parent, "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.PIPE, text=True, errors="replace"
+    )
+    try:
+        for line in process.stdout:
+            epoch = re.match(r"epoch:(\d+)/(\d+) ", line)
+            print(line.rstrip() + (f"; {time_left(job, int(epoch[2]), later)}" if epoch else ""), flush=True)
+    except BaseException:  # a signal, say
+        process.terminate()  # in order: what is saved stays whole
+        process.wait()
+        raise
+    if process.wait():
+        raise utils.UserError(f"{job} ended with exit status {process.returncode}; its own error says why")
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    utils.write_whole(job.record, (job.folder / "run.json").read_bytes())
+
+
+def time_left(job, epochs, later):
+    """How long this job and the later ones will still take, by this one's epochs so far and the records there are."""
+    seconds = job.epochs()
+    own = statistics.median(seconds) * (epochs - len(seconds))
+    machines = read_records(job.record.parent)
+    pace, known = 1, {}  # of this machine against the one that is compared with; seconds by row
+    for rows in machines.values():
+        known = {name: statistics.mean(record["seconds"] for record in records) for name, records in rows.items()}
+        if job.name in known:
+            pace = statistics.median(seconds) * epochs / known[job.name]
+            break
+    unknown = {other.name for other in later} - known.keys()
+    total = own + pace * sum(known.get(other.name, 0) for other in later)
+    return f"{minutes(own)} left" + (
+        f", {minutes(total)} with the other rows{' but ' * bool(unknown)}{', '.join(sorted(unknown))}" if later else ""
+    )
+
+
+def minutes(seconds):
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 7200
+        else f"{seconds / 60:.1f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )
+
+
+def read_records(*mine):
+    """The records by machine, a folder of results/ each, or of `mine`, and in it by row: lists with one a seed."""
+    machines = {}
+    for folder in [*sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name[:4] != "mine"), *mine]:
+        rows = machines.setdefault(folder.name, {})
+        for path in sorted(folder.glob("*-seed*.json")):
+            name = path.stem.rpartition("-seed")[0]
+            if name in ROWS:
+                rows.setdefault(name, []).append(json.loads(path.read_text()))
+    return machines
+
+
+def summary(records, key="accuracy"):
+    """The accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n."""
+    values = [record[key] for record in records]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (n = {len(values)})"
+
+
+def comparison(names, machines):
+    """A table for the terminal: the accuracy of the last epoch, in percent, on each machine."""
+    lines = [["row", "to reach", *machines]]
+    for name in names:
+        cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
+        lines.append([name, f"{ROWS[name].to_reach:g}", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def results_table(machines):
+    """The README's table of results, in Markdown."""
+    lines = [
+        "| command | to reach | last epoch | best epoch | epochs | time | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in ROWS.items():
+        start = f"| `python {row.command}` | {row.to_reach:g} |"
+        found = [rows[name] for rows in machines.values() if name in rows]
+        for records in found:
+            seconds = statistics.mean(record["seconds"] for record in records)
+            machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
+            accuracy, best = summary(records), summary(records, "best_accuracy")
+            lines.append(
+                f"{start} {accuracy} | {best} | {len(records[0]['epochs'])} | {minutes(seconds)} | {machine} |"
+            )
+        if not found:
+            lines.append(f"{start} not run yet | | | | |")
+    return "\n".join(lines)
+
+
+def by_class_table(machines):
+    """The README's table of r3's accuracy by class, in Markdown."""
+    lines = ["| | " + " | ".join(R3_BY_CLASS) + " |", "| --- |" + " --- |" * len(R3_BY_CLASS)]
+    lines.append("| to reach | " + " | ".join(f"{value:.1f}" for value in R3_BY_CLASS.values()) + " |")
+    for machine, rows in machines.items():
+        for record in rows.get("r3", [])[:1]:
+            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in R3_BY_CLASS) + " |")
+    return "\n".join(lines)
+
+
+def readme(text, machines):
+    """The README's text with its tables written anew, each between two comments. UserError if they are not there."""
+    for name, table in (("results", results_table(machines)), ("r3 by class", by_class_table(machines))):
+        begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n", f"\n<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        _, found_too, after = rest.partition(end)
+        if not (found and found_too):
+            raise utils.UserError(f"README.md has no place for the table {name!r}")
+        text = before + begin + table + end + after
+    return text
+
+
+def write_readme():
+    """Writes the README's tables, and each machine's pictures into its folder of results/."""
+    machines = read_records()
+    path = ROOT / "README.md"
+    utils.write_whole(path, readme(path.read_text(), machines).encode())
+    for machine, rows in machines.items():
+        first = {name: records[0] for name, records in rows.items()}
+        lengths = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
+        shown = [name for name, usual in lengths.items() if name == usual or usual not in first]
+        plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
+        best = max(first, key=lambda name: first[name]["accuracy"])  # whose mistakes are the fewest
+        confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
+        plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
+
+
+def main():
+    parser = utils.CommandLine(__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"of {', '.join(ROWS)}")
+    add("--seeds", type=utils.positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1")
+    add("--list", action="store_true", help="only show the rows")
+    add("--readme", action="store_true", help="only write the README's tables and pictures anew")
+    add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    add("--checkpoints", type=Path, default=Path("checkpoints/reproduce"), metavar="DIR", help="(default: %(default)s)")
+    add("--results", type=Path, default=RESULTS / "mine", metavar="DIR", help="(default: results/mine)")
+    args = parser.parse_args()
+
+    if args.readme:
+        write_readme()
+        return
+    synthetic = "-synthetic" * (args.data == "synthetic")
+    results = args.results.with_name(args.results.name + synthetic)
+    jobs = []
+    for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
+        for seed in range(args.seeds):
+            folder = args.checkpoints / f"{ROWS[name].after or name}-seed{seed}" / (ROWS[name].run + synthetic)
+            jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
+    utils.Interrupted.advice = "; the same command goes on"
+    for i, job in enumerate(jobs):
+        done = len(job.epochs())
+        state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"
+        print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
+        if not args.list and not job.record.exists():
+            run(job, args, jobs[i + 1 :])
+    print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
+
+
+if __name__ == "__main__":
+    utils.run(main)

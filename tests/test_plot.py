@@ -1,0 +1,96 @@
+"""plot.py: the pictures of runs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import R1, R2, write_images
+from PIL import Image
+
+import plot
+
+PICTURES = ("curves.png", "confusion.png", "mistakes.png")
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_the_command_draws_what_the_script_drew(script, tmp_path, folders):
+    run = tmp_path / "checkpoints/cifar10_r1"
+    out = script(R1, "--data", folders, "--epochs", 2).stdout
+    assert f"curves.png, confusion.png and mistakes.png are in {run.relative_to(tmp_path)}" in out
+    drawn = {name: pixels(run / name) for name in PICTURES}
+    for name, picture in drawn.items():
+        assert picture.std() > 10, name  # not one colour
+        (run / name).unlink()
+    script("plot.py", run, "--data", folders)
+    for name in PICTURES:
+        assert np.array_equal(pixels(run / name), drawn[name]), name
+
+
+def test_several_runs_in_one_picture(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 2)
+    script(R1, "--data", folders, "--epochs", 3, "--flip")
+    runs = tmp_path / "checkpoints/cifar10_r1", tmp_path / "checkpoints/cifar10_r1-flip"
+    script("plot.py", *runs)
+    assert pixels(tmp_path / "comparison.png").std() > 10
+    script("plot.py", *runs, "--output", "both.svg")
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+
+
+def test_evaluate_draws_nothing(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 1)
+    (tmp_path / "checkpoints/cifar10_r1/curves.png").unlink()
+    out = script(R1, "--data", folders, "--evaluate").stdout
+    assert "curves" not in out and not (tmp_path / "checkpoints/cifar10_r1/curves.png").exists()
+
+
+def test_figures_of_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch):
+    """What is written into the pictures, against matrices and logits whose answers are known."""
+    texts = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: texts.append(all_texts(figure)))
+    plot.confusion(torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 3]]), ["cat", "dog", "frog"], "network", tmp_path)
+    assert {"80.0", "20.0", "100.0", "25.0", "75.0"} <= set(texts[0]) and "0.0" not in texts[0]
+
+    labels = torch.tensor([0, 0, 1, 2])
+    logits = torch.tensor([[9.0, 0, 0], [0, 2, 0], [0, 0, 5], [0, 0, 1]])  # the second and the third are wrong
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    plot.mistakes(images, labels, logits, ["cat", "dog", "frog"], "network", tmp_path)
+    shown = [text for text in texts[1] if "\nis " in text]
+    assert shown == ["frog 98.7 %\nis dog", "dog 78.7 %\nis cat"]
+    assert any("2 of 4 test images wrong" in text for text in texts[1])
+
+
+def all_texts(figure):
+    texts = [figure.get_suptitle()]
+    for axis in figure.axes:
+        texts += [axis.get_title(), *(text.get_text() for text in axis.texts)]
+    return texts
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("nowhere", "no nowhere/log.csv; name the folder of a run"),
+        ("nowhere {run}", "no nowhere/log.csv"),
+        ("{run} --data {other}", "was trained on other classes than --data"),
+        ("{run} {run} --output x.txt", "x.txt: Format 'txt' is not supported"),
+        ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
+        (" ".join(["{run}"] * 10), "10 runs are more than there are colours, 9"),
+        ("bad", "bad/log.csv is no log of a run"),
+        ("", "the following arguments are required: RUN"),
+    ],
+)
+def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
+    if "{run}" in flags:
+        script(R1, "--data", folders, "--epochs", 1)
+    other = write_images(tmp_path / "other", classes=("cat", "dog"), train=2, test=2) if "{other}" in flags else None
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/log.csv").write_text("epoch,lr\n1,one\n")
+    assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other).split())
+
+
+def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
+    script(R2, "--data", folders, "--epochs", 1)
+    script(R2, "--data", folders, "--epochs", 2, "--resume")
+    assert [row["epoch"] for row in plot.read_log(tmp_path / "checkpoints/cifar10_r2")] == [1, 2]

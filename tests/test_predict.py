@@ -1,0 +1,110 @@
+"""predict.py: what a trained network takes pictures for, on the command line and as a function."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import R1, R3, SCRIPTS, Trap, write_images
+from PIL import Image
+
+import predict
+import utils
+from models import TutorialCNN
+
+
+@pytest.fixture
+def trained(script, tmp_path, folders):
+    """The best.pt of a run that tells the three classes by their brightness."""
+    script(R1, "--data", folders, "--epochs", 20, "--lr", 0.02)
+    return tmp_path / "checkpoints/cifar10_r1/best.pt"
+
+
+def test_pictures_and_folders(script, tmp_path, trained):
+    dark, light = tmp_path / "dark.jpg", tmp_path / "light ü.png"
+    Image.new("L", (300, 200), 40).save(dark)  # of any size and kind
+    Image.new("RGBA", (20, 50), (160, 160, 160, 255)).save(light)
+    write_images(tmp_path / "more", train=2, test=1)
+    out = script("predict.py", dark, light, tmp_path / "more/train", "--checkpoint", trained).stdout.splitlines()
+    assert out[0].startswith(f"{trained}: TutorialCNN, epoch ")
+    assert out[0].endswith(" % of the test images right; trained on cat, dog, frog (class folders)")
+    assert out[1].startswith(f"{dark}: cat ") and out[2].startswith(f"{light}: frog ")
+    assert [line.split(": ")[1].split()[0] for line in out[3:]] == ["cat"] * 2 + ["dog"] * 2 + ["frog"] * 2
+
+    answer = json.loads(script("predict.py", dark, light, "--checkpoint", trained, "--json").stdout)
+    assert [prediction["file"] for prediction in answer["predictions"]] == [str(dark), str(light)]
+    for prediction, line in zip(answer["predictions"], out[1:], strict=False):
+        shown = ", ".join(f"{name} {100 * p:.1f} %" for name, p in prediction["probabilities"].items())
+        assert line == f"{prediction['file']}: {shown}"
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+    best = torch.load(trained, weights_only=True)
+    assert (answer["test_accuracy"], answer["epoch"]) == (best["accuracy"], best["epoch"])
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != R3])
+def test_the_function_gives_the_accuracy_that_the_run_had(script, tmp_path, folders, name):
+    """Every network, its images read from their files as a user would, is as good as its file says."""
+    script(name, "--data", folders, "--epochs", 2, "--precision", "fp32")
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    classifier = predict.load_classifier(run / "best.pt")
+    files = utils.list_images(folders / "test")
+    images = torch.stack([predict.read_picture(path) for paths in files.values() for path in paths])
+    labels = torch.arange(3).repeat_interleave(10)
+    accuracy = (classifier(images).argmax(1) == labels).double().mean().item() * 100
+    assert accuracy == pytest.approx(classifier.accuracy) and classifier.classes == ["cat", "dog", "frog"]
+    assert not any(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_a_picture_of_32x32_is_left_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels.repeat(5, 0).repeat(3, 1)).save(tmp_path / "large.png")
+    for name in ("a.png", "large.png"):
+        assert np.array_equal(predict.read_picture(tmp_path / name).permute(1, 2, 0), pixels)
+
+
+def test_a_photo_is_turned_the_right_way_up(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    picture.save(tmp_path / "photo.png", exif=exif)
+    upright = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(predict.read_picture(tmp_path / "photo.png").permute(1, 2, 0), upright)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("good.png", "the following arguments are required: --checkpoint"),
+        ("good.png --checkpoint none.pt", "none.pt cannot be read: No such file or directory"),
+        ("good.png --checkpoint text.pt", "text.pt is damaged or no checkpoint"),
+        ("good.png --checkpoint hostile.pt", "hostile.pt is damaged or no checkpoint"),
+        ("good.png --checkpoint unknown.pt", "unknown.pt holds a network 'utils'; models/ has MobileNetV2, ResNet18,"),
+        ("good.png --checkpoint changed.pt", "changed.pt holds another TutorialCNN than models/ has now"),
+        ("good.png --checkpoint best.pt --device cuda:99", "--device cuda:99: this machine"),
+        ("none.png --checkpoint best.pt", "none.png is no image that can be read"),
+        ("text.png --checkpoint best.pt", "text.png is no image that can be read"),
+        ("cut.png --checkpoint best.pt", "cut.png is no image that can be read"),
+        ("bomb.png --checkpoint best.pt", "bomb.png is no image that can be read"),
+        ("good.png empty --checkpoint best.pt", "empty holds no image"),
+    ],
+)
+def test_mistakes_are_refused(refused, tmp_path, flags, words):
+    checkpoint = {
+        "model": "TutorialCNN", "arguments": {"num_classes": 3}, "weights": TutorialCNN(3).state_dict(), "epoch": 1,
+        "classes": ["cat", "dog", "frog"], "data": "class folders", "accuracy": 50.0,
+        "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "best.pt")
+    torch.save(checkpoint | {"model": "utils"}, tmp_path / "unknown.pt")
+    torch.save(checkpoint | {"arguments": {"num_classes": 4}}, tmp_path / "changed.pt")
+    torch.save(checkpoint | {"weights": Trap(tmp_path / "sprung")}, tmp_path / "hostile.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
+    if "bomb" in flags:
+        Image.new("L", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "empty").mkdir()
+    assert words in refused("predict.py", *flags.split())
+    assert not (tmp_path / "sprung").exists()

@@ -1,0 +1,39 @@
+"""Each command of the README that a machine alone can run, as it stands there but for the data and the epochs."""
+
+import re
+
+from conftest import ROOT, SCRIPTS, write_images
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+ELSEWHERE = (  # what other tests run, or what takes the network or days
+    "python -m pytest", "python download.py", "python reproduce.py",
+)  # fmt: skip
+
+
+def commands():
+    """Every `python SCRIPT ...` of the README, in its order, once."""
+    found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", README, re.MULTILINE)
+    return [command for command in dict.fromkeys(found) if not command.startswith(ELSEWHERE)]
+
+
+def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "pictures")
+    Image.new("RGB", (300, 200), (30, 40, 50)).save(tmp_path / "cat.jpg")
+    (tmp_path / "holiday").mkdir()
+    Image.new("RGB", (60, 80), (160, 170, 150)).save(tmp_path / "holiday/frog.png")
+    assert len(commands()) > 20
+    for command in commands():
+        name, *flags = command.removeprefix("python ").split()
+        if "predict" not in name and "synthetic" not in flags:
+            flags += ["--data", "pictures"]
+        if name in SCRIPTS:
+            flags += ["--epochs", 3 if "r3" in name else 2]
+        done = script(name, *flags)
+        assert done.stdout and not done.stderr, command
+    assert (tmp_path / "histograms.png").exists() and (tmp_path / "comparison.png").exists()
+
+    (snippet,) = re.findall(r"(?:^    .*\n)*^    from predict import .*\n(?:^    .*\n)*", README, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line[4:] for line in snippet.splitlines()), {})
+    assert re.fullmatch(r"(cat|dog|frog) \(\d+\.\d % of the test images are right\)\n", capsys.readouterr().out)

@@ -1,0 +1,104 @@
+"""reproduce.py: the rows of the README's table, and the table itself."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+from conftest import R1, ROOT, output, write_images
+
+import plot
+import reproduce
+
+
+def wait_for_epochs(process, folder, count):
+    while process.is_alive():
+        if (folder / "log.csv").exists() and len(plot.read_log(folder)) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the process ended before it was interrupted")
+
+
+def figures(record):
+    """What does not depend on when and how fast it was run."""
+    epochs = [{key: value for key, value in row.items() if key != "seconds"} for row in record["epochs"]]
+    return epochs, record["accuracy"], record["confusion"], record["recipe"]
+
+
+def test_interrupted_twice_and_finished(start, script, tmp_path):
+    folders = write_images(tmp_path / "pictures", train=300)
+    script(R1, "--data", folders, "--flip", "--seed", 1)  # the same, by hand
+    flags = ["--only", "r1-flip", "--seeds", 2, "--data", folders, "--results", "mine"]
+    done = [tmp_path / f"checkpoints/reproduce/r1-flip-seed{seed}/cifar10_r1-flip" for seed in (0, 1)]
+    for folder, number, status in ((done[0], signal.SIGTERM, 143), (done[1], signal.SIGINT, 130)):
+        process = start("reproduce.py", *flags)
+        wait_for_epochs(process, folder, 3)
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == status
+        assert "ended by" in output(tmp_path, "stderr").read_text()
+    before = (tmp_path / "mine/r1-flip-seed0.json").read_bytes()
+    out = script("reproduce.py", *flags).stdout
+    assert (tmp_path / "mine/r1-flip-seed0.json").read_bytes() == before
+    assert out.startswith("[1/2] r1-flip, seed 0, finished: python cifar10_r1.py --flip\n[2/2] r1-flip, seed 1, ")
+    assert re.search(r"resuming .* after epoch \d+", out) and re.search(r"epoch:25/26 .*; \d+ s left", out)
+
+    records = [json.loads((tmp_path / f"mine/r1-flip-seed{seed}.json").read_text()) for seed in (0, 1)]
+    by_hand = json.loads((tmp_path / "checkpoints/cifar10_r1-flip/run.json").read_text())
+    assert figures(records[1]) == figures(by_hand) != figures(records[0])
+    assert [record["recipe"]["--seed"] for record in records] == [0, 1]
+    assert str(tmp_path) not in json.dumps(records)
+    header, row = (re.split(r" {2,}", line) for line in out.splitlines()[-2:])
+    assert header[:2] == ["row", "to reach"] and header[-1] == "mine"
+    assert row[:2] == ["r1-flip", "67"] and row[-1] == reproduce.summary(records) and "(n = 2)" in row[-1]
+
+
+def test_r3_comes_after_r2(script):
+    out = script("reproduce.py", "--list", "--only", "r3", "r1").stdout.splitlines()
+    assert [line.split(": ")[1] for line in out[:3]] == [
+        "python cifar10_r2.py --crop", "python cifar10_r3.py --resume", "python cifar10_r1.py",
+    ]  # fmt: skip
+
+
+def test_synthetic_records_are_kept_apart(start, tmp_path):
+    process = start("reproduce.py", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine")
+    wait_for_epochs(process, tmp_path / "checkpoints/reproduce/r1-seed0/cifar10_r1-synthetic", 1)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_row_that_fails_says_which(script, tmp_path):
+    stderr = script(
+        "reproduce.py", "--only", "r1", "--data", tmp_path / "none.tar", "--device", "cuda:99", status=2
+    ).stderr
+    assert "--device cuda:99: this machine" in stderr and "r1, seed 0 ended with exit status 2" in stderr
+
+
+def test_the_summary_of_several_seeds():
+    records = [{"accuracy": 67.0}, {"accuracy": 68.0}, {"accuracy": 69.0}]
+    assert reproduce.summary(records) == "68.0 ± 1.0 (n = 3)"
+    assert reproduce.summary(records[:1]) == "67.0" and reproduce.summary([]) == ""
+
+
+@pytest.mark.parametrize("row", reproduce.ROWS.values(), ids=reproduce.ROWS)
+def test_each_record_is_of_its_row(row):
+    name = next(name for name, other in reproduce.ROWS.items() if other is row)
+    for rows in reproduce.read_records().values():
+        for record in rows.get(name, []):
+            command = re.sub(" --(resume|seed \\d+|device \\w+)", "", record["command"])
+            assert sorted(command.split()) == sorted(["python", *row.command.removesuffix(" --resume").split()])
+            assert record["run"] == row.run and record["data"] != "synthetic"
+
+
+def test_readme_says_what_the_records_say():
+    """`python reproduce.py --readme` writes what differs."""
+    text = (ROOT / "README.md").read_text()
+    assert reproduce.readme(text, reproduce.read_records()) == text
+    changed = text.replace("| `python cifar10_r1.py` | 60 |", "| `python cifar10_r1.py` | 61 |")
+    assert changed != text and reproduce.readme(changed, reproduce.read_records()) == text
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
+        assert (ROOT / path).is_file(), path
