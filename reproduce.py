@@ -112,7 +112,9 @@ def time_left(job, epochs, later):
     unknown = {other.name for other in later} - known.keys()
     total = own + pace * sum(known.get(other.name, 0) for other in later)
     return f"{minutes(own)} left" + (
-        f", {minutes(total)} with the other rows{' but ' * bool(unknown)}{', '.join(sorted(unknown))}" if later else ""
+        f", {minutes(total)} with the other rows{' but for ' * bool(unknown)}{', '.join(sorted(unknown))}"
+        if later
+        else ""
     )
 
 

@@ -4,7 +4,11 @@ import os
 import random
 import re
 import resource
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -87,6 +91,31 @@ def test_a_folder_of_another_user(refused, script, tmp_path, folders):
     check_the_checkpoint(script, tmp_path / "checkpoints/cifar10_r1", 2)
 
 
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode != 0,
+    reason="to mount a folder takes root on Linux",
+)
+def test_a_read_only_checkout(tmp_path, folders):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "models", checkout / "models")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, checkout)
+    mount = f"mount --bind {checkout} {checkout} && mount -o remount,ro,bind {checkout} && cd {checkout}"
+
+    def run(*flags):
+        command = shlex.join([sys.executable, R1, "--data", str(folders), "--epochs", "1", *flags])
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", f"{mount} && {command}"], env=environment, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("cifar10_r1.py: error: ") and "Read-only file system: 'checkpoints'" in done.stderr
+    done = run("--checkpoints", str(tmp_path / "elsewhere"))
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "elsewhere/cifar10_r1/run.json").exists()
+
+
 def test_a_folder_that_is_gone(start, tmp_path, folders):
     process = start(R1, "--data", folders, "--epochs", 100_000)
     folder = tmp_path / "checkpoints/cifar10_r1"
@@ -128,6 +157,27 @@ def test_one_byte_changed_anywhere(last):
             assert str(error).startswith(f"{last} is damaged or no checkpoint (") and "\n" not in str(error)
             refusals += 1
     assert refusals > 400
+
+
+def test_one_byte_changed_on_the_command_line(script, last, folders):
+    """Either refused in one line, or, where the byte was padding, what the whole file gives."""
+    whole, rng = last.read_bytes(), random.Random(1)
+    table = script(R1, "--data", folders, "--evaluate").stdout
+    for offset in rng.sample(range(len(whole)), 8):
+        last.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
+        try:
+            utils.read_checkpoint(last)
+        except utils.Damaged as error:
+            done = script(R1, "--data", folders, "--evaluate", status=2)
+            assert done.stderr.startswith("cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt is damaged")
+            assert done.stderr.count("\n") == 1 and "Accuracy" not in done.stdout and str(error)
+            resumed = script(R1, "--data", folders, "--epochs", 2, "--resume").stdout
+            assert (
+                "; taking the one before\nresuming checkpoints/cifar10_r1/last.previous.pt after epoch 1\n" in resumed
+            )
+        else:
+            assert script(R1, "--data", folders, "--evaluate").stdout == table
+        last.write_bytes(whole)
 
 
 def test_cut_anywhere(last):
