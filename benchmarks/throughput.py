@@ -2,6 +2,7 @@
 
 python benchmarks/throughput.py --data data                  # all of it, 20 minutes on two cores
 python benchmarks/throughput.py --data data --only r1 start  # some
+python benchmarks/throughput.py --data data --only processes # torchrun's two processes against one, on two cores
 
 Every figure is the median over rounds in which the candidates take turns, each in a process of its own, so that a
 machine that drifts favours none:
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mean_and_std  # noqa: E402
+import plot  # noqa: E402
 import utils  # noqa: E402
 from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 
@@ -239,11 +241,31 @@ def seconds_to_first_step(data, device):
     return float(done.stdout.splitlines()[-1]) - begin
 
 
+PROCESSES = {  # how a script is started, on two cores
+    "1 process of 2 threads": ("2", [sys.executable]),
+    "2 processes of 1 thread": (
+        "1",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    ),
+}
+
+
+def images_per_second(how, name):
+    """Of the second epoch of a script on the synthetic images, its testing and saving included."""
+    threads, command = PROCESSES[how]
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    with tempfile.TemporaryDirectory() as checkpoints:
+        flags = ["--data", "synthetic", "--device", "cpu", "--epochs", "2", "--checkpoints", checkpoints]
+        subprocess.run([*command, str(ROOT / name), *flags], env=environment, stdout=subprocess.DEVNULL, check=True)
+        (log,) = Path(checkpoints).glob("*/log.csv")
+        return 10_000 / plot.read_log(log.parent)[1]["seconds"]
+
+
 def main():
     parser = utils.CommandLine(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="as for the scripts (default: data)")
     parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
-    parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start"], metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start", "processes"], metavar="NAME")
     parser.add_argument("--rounds", type=utils.positive_int, default=5, metavar="N", help="(default: 5)")
     args = parser.parse_args()
     device, data = utils.choose_device(args.device), utils.load_data(args.data)
@@ -254,6 +276,14 @@ def main():
         if name == "start":
             seconds = statistics.median(seconds_to_first_step(args.data, args.device) for _ in range(args.rounds))
             print(f"start: {seconds:.1f} s from the command to the first step of training", flush=True)
+            continue
+        if name == "processes":
+            for script in ("cifar10_r1.py", "cifar10_r2.py"):
+                rounds = [[images_per_second(how, script) for how in PROCESSES] for _ in range(args.rounds)]
+                rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
+                for how, rate in zip(PROCESSES, rates, strict=True):
+                    print(f"{script:15}{how:25}{rate:10.0f}", flush=True)
+                ratios.append(f"ratio {script} 2-processes/1-process {rates[1] / rates[0]:.2f}")
             continue
         for kind in ["training"] if name == "mean_and_std" else ["training", "evaluation"]:
             title = name if kind == "training" else f"{name} evaluation"
