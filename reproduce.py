@@ -87,7 +87,10 @@ def run(job, args, later):
     try:
         for line in process.stdout:
             epoch = re.match(r"epoch:(\d+)/(\d+) ", line)
-            print(line.rstrip() + (f"; {time_left(job, int(epoch[2]), later)}" if epoch else ""), flush=True)
+            print(
+                line.rstrip() + (f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later)}" if epoch else ""),
+                flush=True,
+            )
     except BaseException:  # a signal, say
         process.terminate()  # in order: what is saved stays whole
         process.wait()
@@ -99,23 +102,19 @@ def run(job, args, later):
 
 
 def time_left(job, epochs, later):
-    """How long this job and the later ones will still take, by this one's epochs so far and the records there are."""
+    """How long so many epochs of this job, and the later jobs, will take, by its epochs so far and other records."""
     seconds = job.epochs()
-    own = statistics.median(seconds) * (epochs - len(seconds))
-    machines = read_records(job.record.parent)
+    own = statistics.median(seconds) * epochs
     pace, known = 1, {}  # of this machine against the one that is compared with; seconds by row
-    for rows in machines.values():
-        known = {name: statistics.mean(record["seconds"] for record in records) for name, records in rows.items()}
-        if job.name in known:
-            pace = statistics.median(seconds) * epochs / known[job.name]
+    for rows in read_records(job.record.parent).values():
+        known |= {name: statistics.mean(record["seconds"] for record in records) for name, records in rows.items()}
+        if job.name in rows:
+            pace = statistics.median(seconds) / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
             break
     unknown = {other.name for other in later} - known.keys()
     total = own + pace * sum(known.get(other.name, 0) for other in later)
-    return f"{minutes(own)} left" + (
-        f", {minutes(total)} with the other rows{' but for ' * bool(unknown)}{', '.join(sorted(unknown))}"
-        if later
-        else ""
-    )
+    others = f", {minutes(total)} with the other rows{' but for ' * bool(unknown)}{', '.join(sorted(unknown))}"
+    return f"{minutes(own)} left{others if later else ''}"
 
 
 def minutes(seconds):
