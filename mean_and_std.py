@@ -4,12 +4,13 @@ python mean_and_std.py                        # of CIFAR-10's training images, i
 python mean_and_std.py --plot histograms.png  # and a picture of what the normalisation does
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as images
 
+import plot
 import utils
 
 
@@ -91,11 +92,10 @@ def moments_of_images(dataset):
     return torch.tensor(pixels), torch.stack(means), torch.stack(squares)
 
 
-def plot(tensor, mean, std, path):
+def histograms(tensor, mean, std, path):
     """Draws the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
-    import matplotlib.pyplot as plt  # takes a second, which only this needs
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
     for channel, (name, (color, line)) in enumerate(styles.items()):
         count = torch.bincount(tensor[:, channel].flatten(), minlength=256)
@@ -114,19 +114,14 @@ def plot(tensor, mean, std, path):
     axes[0].text(-0.03, -0.06, "mean, and one std\nto both sides", va="center")
     axes[1].set(xlabel="(value - mean) / std", title="after: mean 0, and one std is 1")
     axes[0].legend(loc="upper left", frameon=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # a suffix that is no picture's
-        raise utils.UserError(f"--plot {path}: {error}") from None
+    plot.save(figure, path)
 
 
 def main():
     parser = utils.CommandLine(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the histograms into this file")
+    parser.add_argument("--plot", type=plot.picture, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
-    if args.plot and not args.plot.suffix:
-        parser.error(f"--plot {args.plot} needs a suffix that says the kind of picture, such as .png")
     data = utils.load_data(args.data)
     statistics = get_statistics(data.train_images)
     print("mean, std of trainset:", statistics.mean.float(), statistics.std.float())
@@ -151,7 +146,7 @@ def main():
     )
     print("compared. Only with the second do the normalised pixels have a std of 1; a network trains with either.")
     if args.plot:
-        plot(data.train_images, statistics.mean, statistics.std, args.plot)
+        histograms(data.train_images, statistics.mean, statistics.std, args.plot)
         print(f"the histograms are in {args.plot}")
 
 

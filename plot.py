@@ -4,17 +4,22 @@ python plot.py checkpoints/cifar10_r3                              # curves, con
 python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves of several runs, into comparison.png
 """
 
+import argparse
 import csv
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
 from matplotlib.lines import Line2D
 
 import utils
 from predict import load_classifier
+
+matplotlib.rcParams["text.parse_math"] = False  # a class's name may hold a $
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
@@ -27,9 +32,9 @@ def draw(folder, logits, loader):
     """
     if utils.RANK > 0:
         return
-    data, rows = loader.data, read_log(folder)
-    network = f"{folder.name}, after epoch {rows[-1]['epoch']:.0f}"
-    curves({folder.name: rows}, folder / "curves.png")
+    data, rows, name = loader.data, read_log(folder), folder.resolve().name
+    network = f"{name}, after epoch {rows[-1]['epoch']:.0f}"
+    curves({name: rows}, folder / "curves.png")
     confusion(utils.confusion_matrix(logits, data.test_labels), data.classes, network, folder / "confusion.png")
     mistakes(data.test_images, data.test_labels, logits, data.classes, network, folder / "mistakes.png")
     print(f"curves.png, confusion.png and mistakes.png are in {folder}")
@@ -83,7 +88,7 @@ def confusion(matrix, classes, network, path):
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
-    axis.set(xlabel="taken for", ylabel="is", title=f"{network}: percent of each class's test images")
+    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}: percent of each class's test images")
     for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
         if i == j:
             axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
@@ -113,18 +118,23 @@ def mistakes(images, labels, logits, classes, network, path):
 def save(figure, path):
     """Writes the picture whole, in the format of the path's suffix. Raises UserError."""
     content = io.BytesIO()
-    try:
-        figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".") or "png")
-    except ValueError as error:  # a suffix that is no picture's
-        raise utils.UserError(f"{path}: {error}") from None
+    figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
     utils.write_whole(path, content.getbuffer())
+
+
+def picture(name):
+    """The path of a picture that a command line asks for."""
+    path = Path(name)
+    if path.suffix.removeprefix(".") not in FigureCanvasBase.filetypes:
+        raise argparse.ArgumentTypeError(f"{name!r} has no suffix of a picture, such as .png or .svg")
+    return path
 
 
 def main():
     parser = utils.CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
-    add("--output", type=Path, metavar="FILE", help="for several runs (default: comparison.png)")
+    add("--output", type=picture, metavar="FILE", help="for several runs (default: comparison.png)")
     add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     args = parser.parse_args()
@@ -132,17 +142,24 @@ def main():
     if len(args.runs) > 1:
         if len(args.runs) > len(COLORS):
             parser.error(f"{len(args.runs)} runs are more than there are colours, {len(COLORS)}")
+        names = [run.resolve().name for run in args.runs]
+        if len(set(names)) < len(names):
+            names = [*map(str, args.runs)]
         output = args.output or Path("comparison.png")
-        curves({run.name: read_log(run) for run in args.runs}, output)
+        curves(dict(zip(names, map(read_log, args.runs), strict=True)), output)
         print(f"the curves are in {output}")
         return
+    if args.output:
+        parser.error("--output is for several runs; the pictures of one go into its folder")
     (folder,) = args.runs
     read_log(folder)  # whatever is missing is said before the data is read
     device = utils.choose_device(args.device)
     classifier = load_classifier(folder / "last.pt", device)
+    if classifier.data == "class folders" and not Path(args.data).exists():
+        parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
     data = utils.load_data("synthetic" if classifier.data == "synthetic" else args.data)
-    if data.classes != classifier.classes:
-        raise utils.UserError(f"{folder} was trained on other classes than --data {args.data} has; name its data")
+    if data.fingerprint() != utils.read_checkpoint(folder / "last.pt")["recipe"]["data"]:
+        raise utils.UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
     loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=torch.float32)
     draw(folder, utils.predict(utils.to_device(classifier.network, device), loader), loader)

@@ -52,9 +52,10 @@ def load_classifier(path, device="cpu"):
     try:
         network = getattr(models, name)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
-    except (TypeError, ValueError, RuntimeError):  # arguments or weights of another version of the network
+        classifier = Classifier(network, checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # what another version of the network had
         raise utils.UserError(f"{path} holds another {name} than models/ has now") from None
-    return Classifier(network, checkpoint).eval().requires_grad_(False).to(device)
+    return classifier.eval().requires_grad_(False).to(device)
 
 
 def read_picture(path):

@@ -103,35 +103,36 @@ def run(job, args, later):
 
 def time_left(job, epochs, later):
     """How long so many epochs of this job, and the later jobs, will take, by its epochs so far and other records."""
-    seconds = job.epochs()
-    own = statistics.median(seconds) * epochs
-    pace, known = 1, {}  # of this machine against the one that is compared with; seconds by row
-    for rows in read_records(job.record.parent).values():
+    seconds_per_epoch = statistics.median(job.epochs())
+    own = seconds_per_epoch * epochs
+    if not later:
+        return f"{minutes(own)} left"
+    machines = read_records(job.record.parent).values()
+    known, pace = {}, 1  # what is known of the rows, and how much longer they take here than where it is known from
+    for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, and so decisive, a machine with this row
         known |= {name: statistics.mean(record["seconds"] for record in records) for name, records in rows.items()}
         if job.name in rows:
-            pace = statistics.median(seconds) / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
-            break
+            pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
     unknown = {other.name for other in later} - known.keys()
     total = own + pace * sum(known.get(other.name, 0) for other in later)
-    others = f", {minutes(total)} with the other rows{' but for ' * bool(unknown)}{', '.join(sorted(unknown))}"
-    return f"{minutes(own)} left{others if later else ''}"
+    but = f" but for {', '.join(sorted(unknown))}" if unknown else ""
+    return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
 def minutes(seconds):
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 7200
-        else f"{seconds / 60:.1f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def read_records(*mine):
-    """The records by machine, a folder of results/ each, or of `mine`, and in it by row: lists with one a seed."""
+def read_records(mine=None):
+    """The records by machine, a folder of results/ each, or `mine`, and in it by row: lists with one a seed."""
+    folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
+    if mine and mine.resolve() not in folders:
+        folders.append(mine)
     machines = {}
-    for folder in [*sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name[:4] != "mine"), *mine]:
-        rows = machines.setdefault(folder.name, {})
+    for folder in folders:
+        rows = machines.setdefault(folder.name if folder.parent == RESULTS else str(folder), {})
         for path in sorted(folder.glob("*-seed*.json")):
             name = path.stem.rpartition("-seed")[0]
             if name in ROWS:
@@ -244,7 +245,7 @@ def main():
         state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
         if not args.list and not job.record.exists():
-            run(job, args, jobs[i + 1 :])
+            run(job, args, [other for other in jobs[i + 1 :] if not other.record.exists()])
     print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
 
 

@@ -80,11 +80,12 @@ def run(main):
         end(2, "error: whoever read the output has gone")
     except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
         end(2, f"error: {error}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
             end(1, "error: the connection to another process is lost; its own error says why")
         causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
-        if not any(re.search("out of memory|can't allocate memory", str(cause)) for cause in causes):
+        texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
+        if not re.search("out of memory|can't allocate memory", " ".join(texts)):
             raise
         where = "the GPU" if "CUDA" in str(causes) else "this machine"
         end(2, f"error: out of memory on {where}; take a smaller --batch-size")
@@ -97,6 +98,7 @@ def end(status, line):
         time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     if WORLD_SIZE > 1:
+        sys.stdout.flush()
         os._exit(status)  # a group that has lost a member may never come to its orderly end
     sys.exit(status)
 
@@ -119,7 +121,9 @@ def interrupt(number, frame):
 
 # ----------------------------------------------------------------------------------------- several processes
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK, WORLD_SIZE = 0, 1
+if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # torchrun sets them
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join_processes(device):
@@ -236,6 +240,8 @@ class ArgumentParser(CommandLine):
         args.run = "-".join(name) + "-synthetic" * (args.data == "synthetic")
         args.command = " ".join(command)
         args.resume_command = shlex.join(["python", *resume_command, "--resume"])
+        if WORLD_SIZE > 1:
+            args.resume_command = "the same torchrun command with --resume"
         args.lr_given = args.lr is not None
         args.lr = args.lr or self.recipe_lr
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -693,6 +699,7 @@ class Loader:
         shared = len(batches[-1]) if self.shuffle else n  # of each training batch every process has its part
         if shared < WORLD_SIZE:
             raise UserError(f"{WORLD_SIZE} processes cannot share {shared} image{'s' * (shared > 1)} for {split}ing")
+        self.smallest_share = shared // WORLD_SIZE
         shares = [(batch.tensor_split(WORLD_SIZE)[RANK], len(batch)) for batch in batches]
         shares = [(part, size) for part, size in shares if len(part)]
         self.mine = torch.cat([part for part, _ in shares])  # which images of the epoch are this process's
@@ -825,7 +832,11 @@ def train(step, loader, epoch):
         for (images, labels), weight in zip(loader, loader.weights, strict=True):
             loss, logits = step(images, labels, weight)
             meter.update(loss, logits, labels)
-        return meter.total()
+        total = meter.total()
+    if WORLD_SIZE > 1:  # batch-norm's statistics: from here on, the first process's are everybody's
+        for buffer in step.model.buffers():
+            dist.broadcast(buffer, 0)
+    return total
 
 
 @torch.inference_mode()
@@ -932,6 +943,9 @@ class Meter:
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
+PRINTED = {"airplane": "plane", "automobile": "car"}  # the classes that the official tutorial calls otherwise
+
+
 class Checkpoints:
     """The folder `args.checkpoints/args.run`: the run's weights, what it needs to go on, its log and its record.
 
@@ -995,8 +1009,12 @@ class Checkpoints:
             self.load_network(path, checkpoint)
             print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
             return args.epochs + 1
-        if 1 in self.loader.batch_sizes and any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules()):
-            raise UserError("--batch-size 1: batch-norm cannot train on a single image; take 2 or more")
+        if self.loader.smallest_share == 1 and any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules()):
+            several, enough = (" a process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
+            raise UserError(
+                f"--batch-size {args.batch_size}: batch-norm cannot train on a single image{several}; "
+                f"take {enough} or more"
+            )
         if self.folder.exists():
             self.claim()
         found = self.resumable(self.folder)
@@ -1139,11 +1157,11 @@ class Checkpoints:
         self.write_log()
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"recipe": self.recipe, "rows": self.rows}
+        (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         write_checkpoint(self.folder / "last.pt", state, self.folder / "last.previous.pt" if self.intact else None)
         self.intact = True
         if self.args.tensorboard:
             self.write_tensorboard()
-        (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         if not terminal:
             figures = [
                 f"{name} loss:{m[0]:.3f}, accuracy:{m[1]:.3f}, "
@@ -1168,7 +1186,7 @@ class Checkpoints:
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
-            print(f"Accuracy of { {'airplane': 'plane', 'automobile': 'car'}.get(name, name) }: {value:.1f} %")
+            print(f"Accuracy of {PRINTED.get(name, name)}: {value:.1f} %")
         if self.args.evaluate:
             return
         best = self.best()

@@ -88,8 +88,8 @@ def test_the_script(script, refused, tmp_path, folders):
     with Image.open(tmp_path / "histograms.png") as picture:
         assert picture.width > 1000
     assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
-    assert "--plot histograms needs a suffix" in refused(*flags, "--plot", "histograms")
-    assert "--plot histograms.xyz" in refused(*flags, "--plot", "histograms.xyz")
+    assert "argument --plot: 'histograms' has no suffix of a picture" in refused(*flags, "--plot", "histograms")
+    assert "argument --plot: 'histograms.xyz' has no suffix" in refused(*flags, "--plot", "histograms.xyz")
 
 
 def test_cifar10(script, cifar10):

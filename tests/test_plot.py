@@ -73,8 +73,10 @@ def all_texts(figure):
     [
         ("nowhere", "no nowhere/log.csv; name the folder of a run"),
         ("nowhere {run}", "no nowhere/log.csv"),
-        ("{run} --data {other}", "was trained on other classes than --data"),
-        ("{run} {run} --output x.txt", "x.txt: Format 'txt' is not supported"),
+        ("{run} --data {other}", "was trained on other data than --data"),
+        ("{run}", "was trained on class folders; name them with --data"),
+        ("{run} --output x.png", "--output is for several runs"),
+        ("{run} {run} --output x.txt", "argument --output: 'x.txt' has no suffix of a picture"),
         ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
         (" ".join(["{run}"] * 10), "10 runs are more than there are colours, 9"),
         ("bad", "bad/log.csv is no log of a run"),
@@ -94,3 +96,14 @@ def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
     script(R2, "--data", folders, "--epochs", 1)
     script(R2, "--data", folders, "--epochs", 2, "--resume")
     assert [row["epoch"] for row in plot.read_log(tmp_path / "checkpoints/cifar10_r2")] == [1, 2]
+
+
+def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, monkeypatch):
+    for seed in (0, 1):
+        script(R1, "--data", folders, "--epochs", 1, "--seed", seed, "--checkpoints", f"seed{seed}")
+    drawn = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda logs, path: drawn.update(logs))
+    monkeypatch.setattr("sys.argv", ["plot.py", "seed0/cifar10_r1", "seed1/cifar10_r1"])
+    plot.main()
+    assert [*drawn] == ["seed0/cifar10_r1", "seed1/cifar10_r1"]

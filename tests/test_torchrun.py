@@ -12,6 +12,9 @@ import torch
 from conftest import R1, R2, ROOT, write_images
 from test_scripts import log, weights
 
+import utils
+from predict import load_classifier
+
 
 @pytest.fixture
 def data(tmp_path):
@@ -74,11 +77,22 @@ def test_a_network_with_batch_norm(torchrun, script, data):
     assert table in torchrun(2, *flags, "--evaluate")
 
 
+def test_the_network_that_is_tested_is_the_one_that_is_saved(torchrun, tmp_path, data):
+    """Batch-norm's statistics differ between processes as they train."""
+    torchrun(2, R2, "--batch-size", 32, "--lr", 1e-3, "--epochs", 1, "--precision", "fp32")
+    folder = tmp_path / "checkpoints/cifar10_r2"
+    classifier, test = load_classifier(folder / "last.pt"), utils.load_data(data)
+    loss = torch.nn.functional.cross_entropy(classifier(test.test_images), test.test_labels).item()
+    assert float(log(folder)[0]["test_loss"]) == pytest.approx(loss, rel=1e-4)
+
+
 def test_a_mistake_is_said_once(torchrun, tmp_path, data):
     line = "cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt cannot be read: No such file or directory"
     assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
     line = "cifar10_r1.py: error: 2 processes cannot share 1 image for training\n"
     assert torchrun(2, R1, "--batch-size", 1, status=1).count(line) == 1
+    line = "cifar10_r2.py: error: --batch-size 3: batch-norm cannot train on a single image a process; take 5 or more\n"
+    assert torchrun(2, R2, "--batch-size", 3, status=1).count(line) == 1
     few = write_images(tmp_path / "few", classes=("cat", "dog"), train=9, test=1)
     line = "cifar10_r1.py: error: 3 processes cannot share 2 images for testing\n"
     assert torchrun(3, R1, "--data", few, status=1).count(line) == 1
