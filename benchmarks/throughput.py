@@ -9,7 +9,7 @@ machine that drifts favours none:
 
 baseline  a torchvision dataset of PIL images, RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader
           with a worker a core; float32, contiguous memory, a plain loop with `.item()` at each step
-ours      the functions and the settings of the script
+ours      the scripts' functions, in the precision that they take by default
 ours-fp32 the same in float32
 limit     ours on one batch that lies on the device already: what no data path can beat
 

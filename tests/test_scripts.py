@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import importlib.util
 import json
 import os
 import pty
@@ -277,3 +278,30 @@ def test_one_epoch_on_cifar10(script, cifar10):
     assert out.startswith("50000 training and 10000 test images of 10 classes")
     assert float(re.search(r"on the test images: (\S+) %", out)[1]) > 40
     assert "Accuracy of plane: " in out and "Accuracy of truck: " in out
+
+
+def events(folder):
+    """The scalars in a run's folder as TensorBoard reads them, a dict from tag to (epoch, value) pairs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_whole_log(script, tmp_path, folders):
+    pytest.importorskip("tensorboard")
+    script(R1, "--data", folders, "--epochs", 1)
+    script(R1, "--data", folders, "--epochs", 3, "--resume", "--tensorboard")
+    script(R1, "--data", folders, "--epochs", 4, "--resume", "--tensorboard")
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    scalars = events(folder)
+    assert scalars.keys() == {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr", "seconds"}
+    rows = [(int(row["epoch"]), pytest.approx(float(row["test_accuracy"]))) for row in log(folder)]
+    assert scalars["accuracy/test"] == rows and len(rows) == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
+def test_tensorboard_that_is_not_installed(refused, folders):
+    line = refused(R1, "--data", folders, "--tensorboard")
+    assert "--tensorboard needs a package that is not installed: pip install tensorboard" in line
