@@ -60,7 +60,7 @@ def curves(logs, path):
     axes = figure.subplots(1, 3)
     for (name, rows), color in zip(logs.items(), COLORS, strict=False):
         column = {key: [row[key] for row in rows] for key in rows[0]}
-        style = {"color": color, "marker": "." if len(rows) < 40 else ""}
+        style = {"color": color, "marker": "." if len(rows) < (40 if len(logs) == 1 else 3) else ""}
         for axis, what in zip(axes, ("accuracy", "loss"), strict=False):
             axis.plot(column["epoch"], column[f"test_{what}"], **style)
             axis.plot(column["epoch"], column[f"train_{what}"], ":", **style, linewidth=1, markersize=3)
@@ -68,13 +68,18 @@ def curves(logs, path):
     axes[0].set(title="accuracy in percent", xlabel="epoch")
     axes[1].set(title="loss", xlabel="epoch", ylim=(0, None))
     axes[2].set(title="learning rate", xlabel="epoch")
-    axes[2].set(**{"ylim": (0, None)} if len(logs) == 1 else {"yscale": "log"})  # optimizers' rates differ in scale
+    if len(logs) == 1:
+        axes[2].set_ylim(bottom=0)
+    else:  # the rates of different optimizers differ by orders of magnitude
+        axes[2].set_yscale("log")
+        axes[2].yaxis.set_major_formatter("{x:g}")
+        axes[2].yaxis.set_minor_formatter("")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle=":")]
     axes[1].legend(lines, ["test", "training, as it went"], frameon=False)
-    figure.legend(loc="outside upper left", ncols=5, frameon=False)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False)
     save(figure, path)
 
 

@@ -171,9 +171,9 @@ def results_table(machines):
             seconds = statistics.mean(record["seconds"] for record in records)
             machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
             accuracy, best = summary(records), summary(records, "best_accuracy")
-            lines.append(
-                f"{start} {accuracy} | {best} | {len(records[0]['epochs'])} | {minutes(seconds)} | {machine} |"
-            )
+            first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
+            epochs = last if first == 1 else f"{first} to {last}"
+            lines.append(f"{start} {accuracy} | {best} | {epochs} | {minutes(seconds)} | {machine} |")
         if not found:
             lines.append(f"{start} not run yet | | | | |")
     return "\n".join(lines)
@@ -207,7 +207,7 @@ def write_readme():
     path = ROOT / "README.md"
     utils.write_whole(path, readme(path.read_text(), machines).encode())
     for machine, rows in machines.items():
-        first = {name: records[0] for name, records in rows.items()}
+        first = {name: rows[name][0] for name in ROWS if name in rows}
         lengths = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name, usual in lengths.items() if name == usual or usual not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
