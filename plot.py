@@ -7,6 +7,7 @@ python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves 
 import argparse
 import csv
 import io
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -33,10 +34,11 @@ def draw(folder, logits, loader):
     if utils.RANK > 0:
         return
     data, rows, name = loader.data, read_log(folder), folder.resolve().name
-    network = f"{name}, after epoch {rows[-1]['epoch']:.0f}"
+    classes = [*map(utils.printable, data.classes)]
+    network = f"{utils.printable(name)}, after epoch {rows[-1]['epoch']:.0f}"
     curves({name: rows}, folder / "curves.png")
-    confusion(utils.confusion_matrix(logits, data.test_labels), data.classes, network, folder / "confusion.png")
-    mistakes(data.test_images, data.test_labels, logits, data.classes, network, folder / "mistakes.png")
+    confusion(utils.confusion_matrix(logits, data.test_labels), classes, network, folder / "confusion.png")
+    mistakes(data.test_images, data.test_labels, logits, classes, network, folder / "mistakes.png")
     print(f"curves.png, confusion.png and mistakes.png are in {folder}")
 
 
@@ -64,7 +66,7 @@ def curves(logs, path):
         for axis, what in zip(axes, ("accuracy", "loss"), strict=False):
             axis.plot(column["epoch"], column[f"test_{what}"], **style)
             axis.plot(column["epoch"], column[f"train_{what}"], ":", **style, linewidth=1, markersize=3)
-        axes[2].plot(column["epoch"], column["lr"], **style, label=name)
+        axes[2].plot(column["epoch"], column["lr"], **style, label=utils.printable(name))
     axes[0].set(title="accuracy in percent", xlabel="epoch")
     axes[1].set(title="loss", xlabel="epoch", ylim=(0, None))
     axes[2].set(title="learning rate", xlabel="epoch")
@@ -123,7 +125,9 @@ def mistakes(images, labels, logits, classes, network, path):
 def save(figure, path):
     """Writes the picture whole, in the format of the path's suffix. Raises UserError."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class's name may have letters that the font lacks
+        figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
     utils.write_whole(path, content.getbuffer())
 
 

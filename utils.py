@@ -91,12 +91,16 @@ def run(main):
         end(2, f"error: out of memory on {where}; take a smaller --batch-size")
 
 
+def printable(text):
+    """The text with escapes in the place of what cannot be shown: a file's name may hold a newline."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def end(status, line):
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a file name may hold a newline
     if RANK > 0:  # most errors are everybody's, and the first process says them; then torchrun ends this one here
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr, flush=True)
     if WORLD_SIZE > 1:
         sys.stdout.flush()
         os._exit(status)  # a group that has lost a member may never come to its orderly end
