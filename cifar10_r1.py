@@ -30,7 +30,7 @@ def main():
 
     train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=args.flip)
     torch.manual_seed(args.seed)
-    model = utils.to_device(TutorialCNN(num_classes=len(train_loader.classes)), args.device)
+    model = TutorialCNN(num_classes=len(train_loader.classes)).to(args.device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True

@@ -28,7 +28,7 @@ def main():
 
     train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=args.crop)
     torch.manual_seed(args.seed)
-    model = utils.to_device(ResNet18(num_classes=len(train_loader.classes)), args.device)
+    model = ResNet18(num_classes=len(train_loader.classes)).to(args.device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")

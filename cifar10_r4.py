@@ -34,7 +34,7 @@ def main():
 
     train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True, cutout=CUTOUT)
     torch.manual_seed(args.seed)
-    model = utils.to_device(ResNet18(num_classes=len(train_loader.classes), stem=args.stem), args.device)
+    model = ResNet18(num_classes=len(train_loader.classes), stem=args.stem).to(args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True

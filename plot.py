@@ -171,7 +171,7 @@ def main():
         raise utils.UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
     loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=torch.float32)
-    draw(folder, utils.predict(utils.to_device(classifier.network, device), loader), loader)
+    draw(folder, utils.predict(classifier.network, loader), loader)
 
 
 if __name__ == "__main__":

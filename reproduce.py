@@ -192,7 +192,7 @@ def by_class_table(machines):
 def readme(text, machines):
     """The README's text with its tables written anew, each between two comments. UserError if they are not there."""
     for name, table in (("results", results_table(machines)), ("r3 by class", by_class_table(machines))):
-        begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n", f"\n<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, found_too, after = rest.partition(end)
         if not (found and found_too):

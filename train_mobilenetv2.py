@@ -29,7 +29,7 @@ def main():
 
     train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True)
     torch.manual_seed(args.seed)
-    model = utils.to_device(MobileNetV2(num_classes=len(train_loader.classes)), args.device)
+    model = MobileNetV2(num_classes=len(train_loader.classes)).to(args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True

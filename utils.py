@@ -757,11 +757,6 @@ def epoch_seed(seed, epoch):
 # ------------------------------------------------------------------------------------------ train and test
 
 
-def to_device(model, device):
-    """The model on the device: channels-last on CUDA, for its tensor cores, elsewhere in the format models/ chose."""
-    return model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
-
-
 class TrainStep:
     """A step of training: called with a batch, it updates the weights and returns the loss and the logits.
 

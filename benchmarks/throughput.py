@@ -120,7 +120,7 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     loader = utils.Loader(
         data, "train" if training else "test", size, mean=MEAN, std=STD, device=device, dtype=dtype, **kind
     )
-    model, criterion = utils.to_device(make(), device), nn.CrossEntropyLoss()
+    model, criterion = make().to(device), nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = utils.TrainStep(model, criterion, sgd(model, fused=True), scaler)
     batch = next(iter(loader))

@@ -40,7 +40,7 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
         data, "train", 128, mean=mean, std=mean, device=CUDA, dtype=utils.DTYPES[precision], flip=True, crop=True
     )
     torch.manual_seed(0)
-    model = utils.to_device(model(), CUDA)
+    model = model().to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
     step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, scaler)
