@@ -48,7 +48,7 @@ ROWS = {
     "r4-cifar": Row("cifar10_r4.py --stem cifar", "cifar10_r4-cifar", 94),
     "r4-cifar-nopool": Row("cifar10_r4.py --stem cifar-nopool", "cifar10_r4-cifar-nopool", 95),
     "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
-    # the same, on two CPU cores
+    # laid out for an hour and a half there too
     "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 14", "train_mobilenetv2", 91),
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
     "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
@@ -208,8 +208,8 @@ def write_readme():
     utils.write_whole(path, readme(path.read_text(), machines).encode())
     for machine, rows in machines.items():
         first = {name: rows[name][0] for name in ROWS if name in rows}
-        lengths = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
-        shown = [name for name, usual in lengths.items() if name == usual or usual not in first]
+        usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
+        shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
         best = max(first, key=lambda name: first[name]["accuracy"])  # whose mistakes are the fewest
         confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]

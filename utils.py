@@ -202,9 +202,10 @@ class ArgumentParser(CommandLine):
         super().__init__(description)
         add = self.add_argument
         add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
+        counts = epochs
         if isinstance(epochs, dict):
-            text, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {epochs or text})")
+            counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {counts})")
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed, default=0, metavar="N", help="(default: %(default)s)")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -62,13 +63,19 @@ def test_r3_comes_after_r2(script):
     ]  # fmt: skip
 
 
-def test_synthetic_records_are_kept_apart(start, tmp_path):
+def test_synthetic_records_are_kept_apart(start, script, tmp_path):
     process = start("reproduce.py", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine")
     wait_for_epochs(process, tmp_path / "checkpoints/reproduce/r1-seed0/cifar10_r1-synthetic", 1)
     process.terminate()
     process.join(60)
     assert process.exitcode == 143
     assert not (tmp_path / "mine").exists()
+
+    flags = ["--list", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine"]
+    for folder, state in (("mine", " epochs done: "), ("mine-synthetic", ", finished: ")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / folder)
+        assert state in script("reproduce.py", *flags).stdout
 
 
 def test_a_row_that_fails_says_which(script, tmp_path):
@@ -84,9 +91,8 @@ def test_the_summary_of_several_seeds():
     assert reproduce.summary(records[:1]) == "67.0" and reproduce.summary([]) == ""
 
 
-@pytest.mark.parametrize("row", reproduce.ROWS.values(), ids=reproduce.ROWS)
-def test_each_record_is_of_its_row(row):
-    name = next(name for name, other in reproduce.ROWS.items() if other is row)
+@pytest.mark.parametrize("name, row", reproduce.ROWS.items(), ids=reproduce.ROWS)
+def test_each_record_is_of_its_row(name, row):
     for rows in reproduce.read_records().values():
         for record in rows.get(name, []):
             command = re.sub(" --(resume|seed \\d+|device \\w+)", "", record["command"])
