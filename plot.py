@@ -7,6 +7,7 @@ python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves 
 import argparse
 import csv
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def confusion(matrix, classes, network, path):
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
-    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}: percent of each class's test images")
+    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}\npercent of each class's test images")
     for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
         if i == j:
             axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
@@ -106,13 +107,14 @@ def confusion(matrix, classes, network, path):
 
 
 def mistakes(images, labels, logits, classes, network, path):
-    """Draws the 20 images, of a uint8 tensor (N, 3, 32, 32), that are taken for the wrong class most confidently."""
+    """Draws up to 20 images, of a uint8 tensor (N, 3, 32, 32), that are taken for the wrong class most confidently."""
     confidence, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
-    figure = Figure(figsize=(8, 8.2), layout="constrained")
-    figure.suptitle(f"{network}: {len(wrong)} of {len(labels)} test images wrong, the most confident mistakes first")
-    axes = figure.subplots(4, 5).flatten()
+    lines = max(1, min(4, math.ceil(len(wrong) / 5)))
+    figure = Figure(figsize=(8, 0.5 + 2 * lines), layout="constrained")
+    figure.suptitle(f"{network}\n{len(wrong)} of {len(labels)} test images wrong, the most confident mistakes first")
+    axes = figure.subplots(lines, 5).flatten()
     for axis in axes:
         axis.axis("off")
     for axis, i in zip(axes, wrong.tolist(), strict=False):
