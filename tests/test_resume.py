@@ -31,7 +31,8 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_p
     name, *flags = [*command, "--batch-size", 12, "--lr", 0.01, "--epochs", 5, "--resume"]
     script(name, *flags, "--checkpoints", "whole")
     (whole,) = (tmp_path / "whole").iterdir()
-    epoch_seconds = json.loads((whole / "run.json").read_text())["seconds"] / 5
+    record = json.loads((whole / "run.json").read_text())
+    epoch_seconds = min(row["seconds"] for row in record["epochs"])  # a process's first one takes longer
     parts, moments = tmp_path / "parts" / whole.name, random.Random(0)
     for kill in range(3):
         process = start(name, *flags, "--checkpoints", "parts")
