@@ -40,13 +40,13 @@ import plot  # noqa: E402
 import utils  # noqa: E402
 from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 
-NETWORKS = {  # name: network, batch size, precision of the script, images of a round on a CPU
+NETWORKS = {  # name: network, batch size and precision of the script, images of a round on a CPU
     "r1-batch4": (TutorialCNN, 4, "fp32", 4_000),
     "r1": (TutorialCNN, 128, "fp32", 10_240),
     "r2-imagenet": (ResNet18, 128, "auto", 1_280),
-    "r4-cifar": (lambda: ResNet18(stem="cifar"), 128, "auto", 512),
-    "r4-cifar-nopool": (lambda: ResNet18(stem="cifar-nopool"), 128, "auto", 256),
-    "mobilenetv2": (MobileNetV2, 128, "auto", 256),
+    "r4-cifar": (lambda: ResNet18(stem="cifar"), 256, "auto", 1_024),
+    "r4-cifar-nopool": (lambda: ResNet18(stem="cifar-nopool"), 256, "auto", 512),
+    "mobilenetv2": (MobileNetV2, 256, "auto", 768),
 }
 GPU = 20  # times as many images a round there
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -190,6 +190,8 @@ def candidates(name, kind):
 
 def serve(pipe, name, kind, candidate, data, device):
     """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MiB."""
+    if candidate != "baseline":
+        utils.keep_freed_memory()
     run = candidates(name, kind)[candidate](data, device)
     run()  # warms up
     while pipe.recv():
@@ -213,6 +215,7 @@ def measure(name, kind, data, device, rounds):
         for candidate, pipe in pipes.items():
             pipe.send(True)
             results[candidate].append(pipe.recv())
+            time.sleep(1)  # in which the baseline's workers fill their queues, or they would slow down the next one
     for pipe in pipes.values():
         pipe.send(False)
     return {c: [statistics.median(column) for column in zip(*rows, strict=True)] for c, rows in results.items()}

@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 from models import MobileNetV2, ResNet18, TutorialCNN
+from models.mobilenetv2 import StridedDepthwise
 from models.resnet import Conv3x3
 
 
@@ -53,12 +54,34 @@ def test_conv3x3_is_torchs(side, stride):
 
 
 def test_mobilenetv2_is_torchvisions_without_two_strides():
-    theirs, ours = torchvision.models.mobilenet_v2(num_classes=10), MobileNetV2(num_classes=10)
-    assert theirs.state_dict().keys() == ours.state_dict().keys() and count(theirs) == count(ours)
+    torch.manual_seed(0)
+    theirs = torchvision.models.mobilenet_v2(num_classes=10).eval()
+    torch.manual_seed(0)
+    ours = MobileNetV2(num_classes=10).eval()
+    theirs_state, our_state = theirs.state_dict(), ours.state_dict()
+    assert theirs_state.keys() == our_state.keys()
+    assert all(torch.equal(theirs_state[key], our_state[key]) for key in our_state)
+    theirs.features[0][0].stride = theirs.features[2].conv[1][0].stride = (1, 1)
+    images = torch.randn(2, 3, 32, 32)
     seen = []
     ours.features[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    assert ours(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
     assert seen == [(2, 1280, 4, 4)]
+
+
+def test_strided_depthwise_is_torchs():
+    """Output and gradients, under autocast those of the weights' precision."""
+    theirs = torch.nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6, bias=False)
+    ours = StridedDepthwise(6)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(4, 6, 8, 8).bfloat16()
+    expected = theirs(images.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ours(images)
+    assert torch.equal(output, expected.bfloat16())
+    seed = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, ours.weight, seed)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, theirs.weight, seed.float()))
 
 
 @pytest.mark.parametrize("stem, size", [("imagenet", 8), ("cifar", 16), ("cifar-nopool", 32)])

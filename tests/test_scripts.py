@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import platform
 import pty
 import re
 import struct
@@ -305,3 +306,24 @@ def test_tensorboard_has_the_whole_log(script, tmp_path, folders):
 def test_tensorboard_that_is_not_installed(refused, folders):
     line = refused(R1, "--data", folders, "--tensorboard")
     assert "--tensorboard needs a package that is not installed: pip install tensorboard" in line
+
+
+ALLOCATE = """
+import resource, torch, utils
+
+def main():
+    faults = []
+    for _ in range(3):
+        torch.ones(20 << 20)  # 80 MiB
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    print(faults[2] - faults[1])
+
+utils.run(main)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="made for glibc")
+def test_large_activations_find_their_memory_again():
+    """In a page fault for each 4 KiB a step would spend half its time."""
+    done = subprocess.run([sys.executable, "-c", ALLOCATE], stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 200
