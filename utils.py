@@ -1329,9 +1329,11 @@ def device_name(device):
 def peak_memory(device):
     """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
     peak = {}
-    if resource:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+    if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
+        status = Path("/proc/self/status").read_text()
+        peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
+    elif resource:
+        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes, on macOS
     if device.type == "cuda":
         peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
     return peak

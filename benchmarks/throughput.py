@@ -17,7 +17,7 @@ all with the same network, batch size and optimizer.
 """
 
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,22 +188,31 @@ def candidates(name, kind):
     }
 
 
+def asked(pipe):
+    """Whether another round is wanted."""
+    try:
+        return pipe.recv()
+    except EOFError:  # the benchmark was ended
+        return False
+
+
 def serve(pipe, name, kind, candidate, data, device):
-    """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MiB."""
+    """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MB."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's own affair
     if candidate != "baseline":
         utils.keep_freed_memory()
     run = candidates(name, kind)[candidate](data, device)
     run()  # warms up
-    while pipe.recv():
+    while asked(pipe):
         begin = time.perf_counter()
         done = run()
         seconds = time.perf_counter() - begin
-        on_device = torch.cuda.max_memory_reserved(device) >> 20 if device.type == "cuda" else 0
-        pipe.send((done / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, on_device))
+        peak = utils.peak_memory(device)
+        pipe.send((done / seconds, peak.get("resident", 0), peak.get("cuda", 0)))
 
 
 def measure(name, kind, data, device, rounds):
-    """A dict from candidate to its median images per second, peak MiB resident and on the device."""
+    """A dict from candidate to its median images per second, peak MB resident and on the device."""
     context = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
     for candidate in candidates(name, kind):
@@ -273,7 +282,7 @@ def main():
     args = parser.parse_args()
     device, data = utils.choose_device(args.device), utils.load_data(args.data)
     print(f"torch {torch.__version__}, {utils.device_name(device)}; {data.source}", flush=True)
-    print(f"{'':28}{'candidate':12}{'images/s':>10}{'MiB':>8}{'MiB on the device':>19}", flush=True)
+    print(f"{'':28}{'candidate':12}{'images/s':>10}{'MB':>8}{'MB on the device':>18}", flush=True)
     ratios = []
     for name in args.only or [*NETWORKS, "mean_and_std", "start"]:
         if name == "start":
@@ -292,7 +301,7 @@ def main():
             title = name if kind == "training" else f"{name} evaluation"
             rates = {}
             for candidate, (rate, resident, on_device) in measure(name, kind, data, device, args.rounds).items():
-                print(f"{title:28}{candidate:12}{rate:10.0f}{resident:8}{on_device:19}", flush=True)
+                print(f"{title:28}{candidate:12}{rate:10.0f}{resident:8}{on_device:18}", flush=True)
                 rates[candidate] = rate
             for other in ("baseline", "limit"):
                 if other in rates:
