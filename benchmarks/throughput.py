@@ -42,7 +42,7 @@ from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 
 NETWORKS = {  # name: network, batch size and precision of the script, images of a round on a CPU
     "r1-batch4": (TutorialCNN, 4, "fp32", 4_000),
-    "r1": (TutorialCNN, 128, "fp32", 10_240),
+    "r1": (TutorialCNN, 128, "fp32", 25_600),
     "r2-imagenet": (ResNet18, 128, "auto", 1_280),
     "r4-cifar": (lambda: ResNet18(stem="cifar"), 256, "auto", 1_024),
     "r4-cifar-nopool": (lambda: ResNet18(stem="cifar-nopool"), 256, "auto", 512),
