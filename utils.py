@@ -691,12 +691,12 @@ def dataloaders(args, mean, std, flip=False, crop=False, cutout=0):
 class Loader:
     """Batches (images, labels) of a split, "train" or "test", that lies on the device as one tensor of `data`'s.
 
-    Images come normalised, as `dtype`, channels-last, labels as int64; those for training in random order. With `crop`, each image is
-    a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is mirrored, as
-    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. `cutout` greys a square of that side
-    around a random pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
-    2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which. Each of several processes has its
-    part of every batch.
+    Images come normalised, as `dtype`, channels-last, labels as int64; those for training in random order. With `crop`,
+    each image is a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is
+    mirrored, as torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. `cutout` greys a square of
+    that side around a random pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with
+    Cutout", 2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which. Each of several
+    processes has its part of every batch.
     """
 
     CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
