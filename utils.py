@@ -46,11 +46,6 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 # ---------------------------------------------------------------------------------------------------- errors
 
 
@@ -751,7 +746,7 @@ class Loader:
             start = stop
 
     def chunk(self, order, flips, rows, columns, cut_rows, cut_columns):
-        # As (n, 32, 96), rows of 32 pixels of 3 channels: as they lie in memory, and longer rows are faster.
+        # As (n, 32, 96), rows of 32 pixels of 3 channels, so that a window, too, is rows that lie whole in memory.
         images = self.images.permute(0, 2, 3, 1).flatten(2)[order]
         if self.crop:
             windows = F.pad(images, (12, 12, 4, 4)).unfold(1, 32, 1).unfold(2, 96, 3)  # (n, 9, 9, 32, 96), a view
@@ -1335,8 +1330,10 @@ def peak_memory(device):
     if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
         status = Path("/proc/self/status").read_text()
         peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
-    elif resource:
-        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes, on macOS
+    elif sys.platform == "darwin":
+        import resource  # which Windows has not
+
+        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes
     if device.type == "cuda":
         peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
     return peak

@@ -16,6 +16,7 @@ limit     ours on one batch that lies on the device already: what no data path c
 all with the same network, batch size and optimizer.
 """
 
+import contextlib
 import os
 import signal
 import statistics
@@ -188,14 +189,6 @@ def candidates(name, kind):
     }
 
 
-def asked(pipe):
-    """Whether another round is wanted."""
-    try:
-        return pipe.recv()
-    except EOFError:  # the benchmark was ended
-        return False
-
-
 def serve(pipe, name, kind, candidate, data, device):
     """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MB."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's own affair
@@ -203,12 +196,13 @@ def serve(pipe, name, kind, candidate, data, device):
         utils.keep_freed_memory()
     run = candidates(name, kind)[candidate](data, device)
     run()  # warms up
-    while asked(pipe):
-        begin = time.perf_counter()
-        done = run()
-        seconds = time.perf_counter() - begin
-        peak = utils.peak_memory(device)
-        pipe.send((done / seconds, peak.get("resident", 0), peak.get("cuda", 0)))
+    with contextlib.suppress(EOFError):  # the benchmark was ended
+        while pipe.recv():
+            begin = time.perf_counter()
+            done = run()
+            seconds = time.perf_counter() - begin
+            peak = utils.peak_memory(device)
+            pipe.send((done / seconds, peak.get("resident", 0), peak.get("cuda", 0)))
 
 
 def measure(name, kind, data, device, rounds):
@@ -224,7 +218,8 @@ def measure(name, kind, data, device, rounds):
         for candidate, pipe in pipes.items():
             pipe.send(True)
             results[candidate].append(pipe.recv())
-            time.sleep(1)  # in which the baseline's workers fill their queues, or they would slow down the next one
+            if candidate == "baseline":
+                time.sleep(1)  # in which its workers fill their queues, or they would slow down the next candidate
     for pipe in pipes.values():
         pipe.send(False)
     return {c: [statistics.median(column) for column in zip(*rows, strict=True)] for c, rows in results.items()}

@@ -20,14 +20,31 @@ def test_tutorial_cnn():
     assert TutorialCNN(num_classes=7)(torch.randn(5, 3, 32, 32)).shape == (5, 7)
 
 
+def test_tutorial_cnn_is_the_tutorials():
+    """Which has each ReLU before its pool: the same logits and gradients."""
+    model, images = TutorialCNN(), torch.randn(5, 3, 32, 32)
+    conv1, pool, relu, conv2, *_ = model.features
+    results = []
+    for features in (model.features, torch.nn.Sequential(conv1, relu, pool, conv2, relu, pool)):
+        logits = model.classifier(features(images).flatten(1))
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), model.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def of_one_seed(*networks):
+    """torchvision's network and ours, made from the same seed, for evaluation: with the same weights, or it fails."""
+    made = []
+    for network in networks:
+        torch.manual_seed(0)
+        made.append(network(num_classes=10).eval())
+    theirs, ours = (network.state_dict() for network in made)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+    return made
+
+
 def test_resnet18_is_torchvisions():
-    torch.manual_seed(0)
-    theirs = torchvision.models.resnet18(num_classes=10).eval()
-    torch.manual_seed(0)
-    ours = ResNet18(num_classes=10).eval()
-    theirs_state, our_state = theirs.state_dict(), ours.state_dict()
-    assert theirs_state.keys() == our_state.keys()
-    assert all(torch.equal(theirs_state[key], our_state[key]) for key in our_state)
+    theirs, ours = of_one_seed(torchvision.models.resnet18, ResNet18)
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
@@ -54,13 +71,7 @@ def test_conv3x3_is_torchs(side, stride):
 
 
 def test_mobilenetv2_is_torchvisions_without_two_strides():
-    torch.manual_seed(0)
-    theirs = torchvision.models.mobilenet_v2(num_classes=10).eval()
-    torch.manual_seed(0)
-    ours = MobileNetV2(num_classes=10).eval()
-    theirs_state, our_state = theirs.state_dict(), ours.state_dict()
-    assert theirs_state.keys() == our_state.keys()
-    assert all(torch.equal(theirs_state[key], our_state[key]) for key in our_state)
+    theirs, ours = of_one_seed(torchvision.models.mobilenet_v2, MobileNetV2)
     theirs.features[0][0].stride = theirs.features[2].conv[1][0].stride = (1, 1)
     images = torch.randn(2, 3, 32, 32)
     seen = []
