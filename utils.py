@@ -694,7 +694,7 @@ class Loader:
     processes has its part of every batch.
     """
 
-    CHUNK = 2048  # images that are augmented at a time: few enough for a CPU's cache, many enough for a GPU
+    CHUNK = {"cpu": 512}  # images that are augmented at a time: few enough for a CPU's cache, and many for a GPU
 
     def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False, cutout=0):
         images, labels = (
@@ -737,7 +737,7 @@ class Loader:
         cut_rows, cut_columns = torch.randint(32, (2, n), generator=generator)
         draws = (order, flips, rows, columns, cut_rows, cut_columns)
         draws = [draw[self.mine].to(self.device, non_blocking=True) for draw in draws]
-        per_chunk, start = math.ceil(self.CHUNK / self.batch_sizes[0]), 0
+        per_chunk, start = math.ceil(self.CHUNK.get(self.device.type, 2048) / self.batch_sizes[0]), 0
         for first in range(0, len(self), per_chunk):
             sizes = self.batch_sizes[first : first + per_chunk]
             stop = start + sum(sizes)
@@ -746,15 +746,20 @@ class Loader:
             start = stop
 
     def chunk(self, order, flips, rows, columns, cut_rows, cut_columns):
-        # As (n, 32, 96), rows of 32 pixels of 3 channels, so that a window, too, is rows that lie whole in memory.
-        images = self.images.permute(0, 2, 3, 1).flatten(2)[order]
+        # A row an image, its pixels one after another, since index_select copies what lies together in memory as a whole;
+        # indexing with a tensor goes byte by byte, and so does torch.where, but for the 8 bytes of an int64.
+        n = len(order)
+        images = self.images.permute(0, 2, 3, 1).flatten(1).index_select(0, order)
         if self.crop:
-            windows = F.pad(images, (12, 12, 4, 4)).unfold(1, 32, 1).unfold(2, 96, 3)  # (n, 9, 9, 32, 96), a view
-            images = windows[torch.arange(len(order), device=self.device), rows, columns]
-        images = images.unflatten(2, (32, 3)).permute(0, 3, 1, 2)
+            padded = F.pad(images.view(n, 32, 96), (12, 12, 4, 4))  # 40x40 pixels an image
+            lines = padded.flatten().unfold(0, 96, 3)  # any 32 pixels in a row, a view
+            corners = torch.arange(0, 1600 * n, 1600, device=self.device) + 40 * rows + columns
+            window = corners[:, None] + torch.arange(0, 1280, 40, device=self.device)
+            images = lines.index_select(0, window.flatten()).view(n, 3072)
         if self.flip:
-            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        images = images.permute(0, 2, 3, 1).flatten(1).float().sub_(self.shift).div_(self.scale).to(self.dtype)
+            mirrored = images.view(n, 32, 32, 3).flip(2).flatten(1)
+            images = torch.where(flips[:, None], mirrored.view(torch.int64), images.view(torch.int64)).view(torch.uint8)
+        images = images.float().sub_(self.shift).div_(self.scale).to(self.dtype)
         images = images.unflatten(1, (32, 32, 3)).permute(0, 3, 1, 2)
         if self.cutout:
             pixel, half = torch.arange(32, device=self.device), self.cutout // 2

@@ -7,7 +7,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding and without bias, faster on a CPU on square maps of 2x2 and 1x1.
+    """A 3x3 convolution with padding and without bias, faster on a CPU on maps of 2x2 pixels and smaller.
 
     Those are the last ones of a ResNet on 32x32 images. Most of a kernel sees only padding there, which the CPU's
     convolution multiplies all the same; as one linear layer, from all pixels to all, nothing is multiplied in vain.
@@ -17,14 +17,18 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device)
 
     def forward(self, x):
-        pixels = x.shape[2] * x.shape[3]
-        if pixels > 4 or x.device.type != "cpu":
+        n, channels, *size = x.shape
+        if max(size) > 2 or x.device.type != "cpu":
             return super().forward(x)
-        one_hot = torch.eye(pixels, dtype=x.dtype).view(pixels, 1, *x.shape[2:])
-        sees = F.unfold(one_hot, self.kernel_size, padding=self.padding, stride=self.stride)  # (pixel, tap, output)
-        weight = torch.einsum("oct,pty->oycp", self.weight.flatten(2), sees).flatten(2).flatten(0, 1)
-        side = round(sees.shape[2] ** 0.5)
-        return F.linear(x.flatten(1), weight).view(len(x), self.out_channels, side, side)
+        # Of each pair of an output and an input pixel, the row and the column of the kernel that lies between them.
+        rows, columns = (
+            torch.arange(side) - torch.arange(0, side, stride)[:, None] + 1
+            for side, stride in zip(size, self.stride, strict=True)
+        )
+        taps = 3 * rows[:, None, :, None] + columns[None, :, None, :]  # (output rows, columns, input rows, columns)
+        weight = self.weight.to(x.dtype).permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())
+        out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, taps[0, 0].numel() * channels))
+        return out.view(n, -1, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
 
 
 class Block(BasicBlock):
@@ -55,4 +59,6 @@ class ResNet18(ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's are
         if stem == "cifar-nopool":
             self.maxpool = nn.Identity()
+        # The ReLU after the max-pool: the same function for a quarter of the work.
+        self.relu, self.maxpool = nn.Identity(), nn.Sequential(self.maxpool, self.relu)
         self.to(memory_format=torch.channels_last)
