@@ -694,8 +694,6 @@ class Loader:
     processes has its part of every batch.
     """
 
-    CHUNK = {"cpu": 512}  # images that are augmented at a time: few enough for a CPU's cache, and many for a GPU
-
     def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False, cutout=0):
         images, labels = (
             (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
@@ -737,7 +735,8 @@ class Loader:
         cut_rows, cut_columns = torch.randint(32, (2, n), generator=generator)
         draws = (order, flips, rows, columns, cut_rows, cut_columns)
         draws = [draw[self.mine].to(self.device, non_blocking=True) for draw in draws]
-        per_chunk, start = math.ceil(self.CHUNK.get(self.device.type, 2048) / self.batch_sizes[0]), 0
+        at_a_time = 512 if self.device.type == "cpu" else 2048  # few enough for a CPU's cache, many enough for a GPU
+        per_chunk, start = math.ceil(at_a_time / self.batch_sizes[0]), 0
         for first in range(0, len(self), per_chunk):
             sizes = self.batch_sizes[first : first + per_chunk]
             stop = start + sum(sizes)
@@ -746,8 +745,8 @@ class Loader:
             start = stop
 
     def chunk(self, order, flips, rows, columns, cut_rows, cut_columns):
-        # A row an image, its pixels one after another, since index_select copies what lies together in memory as a whole;
-        # indexing with a tensor goes byte by byte, and so does torch.where, but for the 8 bytes of an int64.
+        # A row an image, its pixels one after another: what lies together in memory, index_select copies as a whole.
+        # Indexing with a tensor goes byte by byte, and so does torch.where, but for the 8 bytes of an int64.
         n = len(order)
         images = self.images.permute(0, 2, 3, 1).flatten(1).index_select(0, order)
         if self.crop:

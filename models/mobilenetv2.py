@@ -50,4 +50,7 @@ class MobileNetV2(TorchvisionMobileNetV2):
         super().__init__(num_classes=num_classes, inverted_residual_setting=stages, block=Block)
         self.arguments = {"num_classes": num_classes}
         self.features[0][0].stride = (1, 1)  # the stem's, 2 in the paper
+        for module in self.modules():
+            if isinstance(module, nn.ReLU6):
+                module.inplace = False  # in place it would first copy what the backward pass needs
         self.to(memory_format=torch.channels_last)  # a quarter faster on the CPU in bf16, two thirds in fp32
