@@ -2,6 +2,8 @@
 
 python benchmarks/throughput.py --data data                  # all of it, 20 minutes on two cores
 python benchmarks/throughput.py --data data --only r1 start  # some
+python benchmarks/throughput.py --data data --compile        # with torch.compile as well
+python benchmarks/throughput.py --data data --profile        # where the time of a step goes
 python benchmarks/throughput.py --data data --only processes # torchrun's two processes against one, on two cores
 
 Every figure is the median over rounds in which the candidates take turns, each in a process of its own, so that a
@@ -12,11 +14,15 @@ baseline  a torchvision dataset of PIL images, RandomCrop, RandomHorizontalFlip,
 ours      the scripts' functions, in the precision that they take by default
 ours-fp32 the same in float32
 limit     ours on one batch that lies on the device already: what no data path can beat
+compiled  the same with torch.compile
 
-all with the same network, batch size and optimizer.
+all with the same network, batch size and optimizer. `share` is that of ours in what the device can compute at most:
+the floating-point operations of the network's convolutions and matrix products in a second, by those of a product of
+two 4096x4096 matrices in the same precision.
 """
 
 import contextlib
+import json
 import os
 import signal
 import statistics
@@ -24,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,6 +38,7 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +119,7 @@ def baseline(data, device, make, batch_size, training, images):
     return run
 
 
-def ours(data, device, make, batch_size, training, images, precision, limit=False):
+def ours(data, device, make, batch_size, training, images, precision, limit=False, compiled=False):
     """The same with the scripts' functions; with `limit` on a batch that lies on the device."""
     data = data._replace(train_images=data.train_images[:images], train_labels=data.train_labels[:images])
     data = data._replace(test_images=data.test_images[:images], test_labels=data.test_labels[:images])
@@ -124,6 +132,8 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     model, criterion = make().to(device), nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = utils.TrainStep(model, criterion, sgd(model, fused=True), scaler)
+    if compiled:
+        step.forward = torch.compile(model)
     batch = next(iter(loader))
 
     def run():
@@ -144,8 +154,47 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     return run
 
 
+def operations(make):
+    """The floating-point operations of a training step, an image."""
+    model = make()
+    step = utils.TrainStep(model, nn.CrossEntropyLoss(), sgd(model, fused=True), torch.amp.GradScaler(enabled=False))
+    with FlopCounterMode(display=False) as counter:
+        step.forward_backward(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))
+    return counter.get_total_flops() / 8
+
+
+def most_operations(device, dtype):
+    """Floating-point operations per second of a product of two 4096x4096 matrices."""
+    matrix, seconds = torch.randn(4096, 4096, device=device, dtype=dtype), []
+    for _ in range(10):
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 4096**3 / statistics.median(seconds)
+
+
+def profile(name, data, device):
+    """Prints the operations that take most of a step of training, with their milliseconds and their share."""
+    make, batch_size, precision, _ = NETWORKS[name]
+    steps = 50 if device.type == "cuda" else 1  # a CPU's is distorted by the memory that the profiler takes at each
+    run = ours(data, device, make, batch_size, True, steps * batch_size, precision)
+    profiles = []
+    for _ in range(10):
+        run()
+        with torch.profiler.profile() as profiler:
+            run()
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        profiles.append({event.key: getattr(event, key) / 1000 / steps for event in profiler.key_averages()})
+    shortest = min(profiles, key=lambda times: sum(times.values()))
+    total = sum(shortest.values())
+    print(f"{name}, {total:.2f} ms a step of {batch_size} images")
+    for event, milliseconds in sorted(shortest.items(), key=lambda item: -item[1])[:8]:
+        print(f"{milliseconds:10.2f}{milliseconds / total:7.1%}  {event:.90}", flush=True)
+
+
 def seed_mean_and_std(data, images):
     """As the text has it from which this repository grew: an image at a time, a channel at a time."""
+    warnings.filterwarnings("ignore", "This DataLoader will create 4 worker processes")
     dataset = PILImages(data.train_images[:images], data.train_labels[:images], transforms.ToTensor())
     loader = DataLoader(dataset, batch_size=1, shuffle=True, num_workers=4, persistent_workers=True)
 
@@ -186,6 +235,7 @@ def candidates(name, kind):
         "ours": lambda *where: ours(*common(*where), precision),
         "ours-fp32": lambda *where: ours(*common(*where), "fp32"),
         "limit": lambda *where: ours(*common(*where), precision, limit=True),
+        "compiled": lambda *where: ours(*common(*where), precision, limit=True, compiled=True),
     }
 
 
@@ -205,11 +255,13 @@ def serve(pipe, name, kind, candidate, data, device):
             pipe.send((done / seconds, peak.get("resident", 0), peak.get("cuda", 0)))
 
 
-def measure(name, kind, data, device, rounds):
+def measure(name, kind, data, device, rounds, compiled):
     """A dict from candidate to its median images per second, peak MB resident and on the device."""
     context = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
     for candidate in candidates(name, kind):
+        if candidate == "compiled" and not (compiled and kind == "training"):
+            continue
         pipes[candidate], theirs = context.Pipe()
         arguments = (theirs, name, kind, candidate, data, device)
         context.Process(target=serve, args=arguments, daemon=candidate != "baseline").start()
@@ -226,10 +278,10 @@ def measure(name, kind, data, device, rounds):
 
 
 START = """
-import os, runpy, sys, time, utils
+import json, os, runpy, sys, time, utils
 
-def first_step(*batch):
-    print(time.time(), flush=True)
+def first_step(self, images, *rest):
+    print(json.dumps([time.time(), utils.peak_memory(images.device)]), flush=True)
     os._exit(0)
 
 utils.TrainStep.__call__ = first_step
@@ -238,14 +290,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def seconds_to_first_step(data, device):
-    """From the command to the first step of training."""
+def start(data, device):
+    """Seconds from the command to the first step of training, peak MB resident and on the device."""
     with tempfile.TemporaryDirectory() as checkpoints:
         flags = ["--data", data, "--device", device, "--checkpoints", checkpoints]
         command = [sys.executable, "-c", START, str(ROOT / "cifar10_r2.py"), *flags]
         begin = time.time()
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
-    return float(done.stdout.splitlines()[-1]) - begin
+    end, peak = json.loads(done.stdout.splitlines()[-1])
+    return end - begin, peak.get("resident", 0), peak.get("cuda", 0)
 
 
 PROCESSES = {  # how a script is started, on two cores
@@ -274,15 +327,22 @@ def main():
     parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start", "processes"], metavar="NAME")
     parser.add_argument("--rounds", type=utils.positive_int, default=5, metavar="N", help="(default: 5)")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--profile", action="store_true", help="only show where the time of training goes")
     args = parser.parse_args()
     device, data = utils.choose_device(args.device), utils.load_data(args.data)
     print(f"torch {torch.__version__}, {utils.device_name(device)}; {data.source}", flush=True)
+    if args.profile:
+        for name in filter(NETWORKS.get, args.only or NETWORKS):
+            profile(name, data, device)
+        return
     print(f"{'':28}{'candidate':12}{'images/s':>10}{'MB':>8}{'MB on the device':>18}", flush=True)
     ratios = []
     for name in args.only or [*NETWORKS, "mean_and_std", "start"]:
         if name == "start":
-            seconds = statistics.median(seconds_to_first_step(args.data, args.device) for _ in range(args.rounds))
-            print(f"start: {seconds:.1f} s from the command to the first step of training", flush=True)
+            columns = zip(*(start(args.data, args.device) for _ in range(args.rounds)), strict=True)
+            seconds, resident, on_device = map(statistics.median, columns)
+            print(f"{'start of r2':28}{'ours':12}{seconds:8.1f} s{resident:8}{on_device:18}", flush=True)
             continue
         if name == "processes":
             for script in ("cifar10_r1.py", "cifar10_r2.py"):
@@ -295,12 +355,18 @@ def main():
         for kind in ["training"] if name == "mean_and_std" else ["training", "evaluation"]:
             title = name if kind == "training" else f"{name} evaluation"
             rates = {}
-            for candidate, (rate, resident, on_device) in measure(name, kind, data, device, args.rounds).items():
+            measured = measure(name, kind, data, device, args.rounds, args.compile)
+            for candidate, (rate, resident, on_device) in measured.items():
                 print(f"{title:28}{candidate:12}{rate:10.0f}{resident:8}{on_device:18}", flush=True)
                 rates[candidate] = rate
-            for other in ("baseline", "limit"):
-                if other in rates:
-                    ratios.append(f"ratio {title.replace(' ', '-')} ours/{other} {rates['ours'] / rates[other]:.2f}")
+            for one, other in (("ours", "baseline"), ("ours", "limit"), ("compiled", "limit")):
+                if {one, other} <= rates.keys():
+                    ratios.append(f"ratio {title.replace(' ', '-')} {one}/{other} {rates[one] / rates[other]:.2f}")
+            if title in NETWORKS:
+                make, _, precision, _ = NETWORKS[title]
+                dtype = utils.DTYPES[utils.choose_precision(precision, device)]
+                share = rates["ours"] * operations(make) / most_operations(device, dtype)
+                ratios.append(f"ratio {title} share {share:.2f}")
     print("\n".join(ratios))
 
 
