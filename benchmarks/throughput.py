@@ -2,27 +2,27 @@
 
 python benchmarks/throughput.py --data data                  # all of it, 20 minutes on two cores
 python benchmarks/throughput.py --data data --only r1 start  # some
-python benchmarks/throughput.py --data data --compile        # with torch.compile as well
+python benchmarks/throughput.py --data data --compile        # torch.compile: does it pay?
 python benchmarks/throughput.py --data data --profile        # where the time of a step goes
 python benchmarks/throughput.py --data data --only processes # torchrun's two processes against one, on two cores
 
-Every figure is the median over rounds in which the candidates take turns, each in a process of its own, so that a
-machine that drifts favours none:
+Every figure is the median over rounds in which the candidates take turns, so that a machine that drifts favours none:
 
 baseline  a torchvision dataset of PIL images, RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader
           with a worker a core; float32, contiguous memory, a plain loop with `.item()` at each step
 ours      the scripts' functions, in the precision that they take by default
 ours-fp32 the same in float32
 limit     ours on one batch that lies on the device already: what no data path can beat
-compiled  the same with torch.compile
+compiled  the same with torch.compile, measured with --compile
 
-all with the same network, batch size and optimizer. `share` is that of ours in what the device can compute at most:
-the floating-point operations of the network's convolutions and matrix products in a second, by those of a product of
-two 4096x4096 matrices in the same precision.
+all with the same network, batch size and optimizer, each in a process of its own: MobileNetV2's take 21 GB on a CPU.
+`share` is that of ours in what the device can compute at most: the floating-point operations of the network's
+convolutions and matrix products in a second, by those of a product of two 4096x4096 matrices in the same precision.
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -52,7 +52,7 @@ from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 NETWORKS = {  # name: network, batch size and precision of the script, images of a round on a CPU
     "r1-batch4": (TutorialCNN, 4, "fp32", 4_000),
     "r1": (TutorialCNN, 128, "fp32", 25_600),
-    "r2-imagenet": (ResNet18, 128, "auto", 1_280),
+    "r2-imagenet": (ResNet18, 128, "auto", 2_560),
     "r4-cifar": (lambda: ResNet18(stem="cifar"), 256, "auto", 1_024),
     "r4-cifar-nopool": (lambda: ResNet18(stem="cifar-nopool"), 256, "auto", 512),
     "mobilenetv2": (MobileNetV2, 256, "auto", 768),
@@ -154,11 +154,18 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     return run
 
 
+def convolution_backward(grad, images, weight, *arguments, out_shape):
+    """Its floating-point operations, from the shapes; PyTorch's own count is wrong where there are groups."""
+    mask = arguments[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (mask[0] + mask[1])
+
+
 def operations(make):
     """The floating-point operations of a training step, an image."""
     model = make()
     step = utils.TrainStep(model, nn.CrossEntropyLoss(), sgd(model, fused=True), torch.amp.GradScaler(enabled=False))
-    with FlopCounterMode(display=False) as counter:
+    counted = {torch.ops.aten.convolution_backward: convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         step.forward_backward(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))
     return counter.get_total_flops() / 8
 
@@ -225,7 +232,7 @@ def candidates(name, kind):
             "ours": lambda data, device: our_mean_and_std(data),
         }
     make, batch_size, precision, images = NETWORKS[name]
-    images *= 1 if kind == "training" else 4
+    images *= 1 if kind == "training" else 2
 
     def common(data, device):
         return data, device, make, batch_size, kind == "training", images * (GPU if device.type == "cuda" else 1)
@@ -256,24 +263,32 @@ def serve(pipe, name, kind, candidate, data, device):
 
 
 def measure(name, kind, data, device, rounds, compiled):
-    """A dict from candidate to its median images per second, peak MB resident and on the device."""
+    """A dict from candidate to its median images per second, peak MB resident and on the device.
+
+    Raises UserError if the process of one has ended.
+    """
     context = multiprocessing.get_context("spawn")
-    pipes, results = {}, {}
-    for candidate in candidates(name, kind):
-        if candidate == "compiled" and not (compiled and kind == "training"):
-            continue
+    pipes, results, processes = {}, {}, []
+    chosen = {"limit", "compiled"} if compiled else {"baseline", "ours", "ours-fp32", "limit"}
+    for candidate in filter(chosen.__contains__, candidates(name, kind)):
         pipes[candidate], theirs = context.Pipe()
         arguments = (theirs, name, kind, candidate, data, device)
-        context.Process(target=serve, args=arguments, daemon=candidate != "baseline").start()
+        processes.append(context.Process(target=serve, args=arguments, daemon=candidate != "baseline"))
+        processes[-1].start()
         results[candidate] = []
     for _ in range(rounds):
         for candidate, pipe in pipes.items():
-            pipe.send(True)
-            results[candidate].append(pipe.recv())
+            try:
+                pipe.send(True)
+                results[candidate].append(pipe.recv())
+            except (EOFError, BrokenPipeError):
+                raise utils.UserError(f"{name}: the process of {candidate} has ended, or the memory has") from None
             if candidate == "baseline":
                 time.sleep(1)  # in which its workers fill their queues, or they would slow down the next candidate
     for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:
+        process.join()
     return {c: [statistics.median(column) for column in zip(*rows, strict=True)] for c, rows in results.items()}
 
 
@@ -327,7 +342,7 @@ def main():
     parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start", "processes"], metavar="NAME")
     parser.add_argument("--rounds", type=utils.positive_int, default=5, metavar="N", help="(default: 5)")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile instead")
     parser.add_argument("--profile", action="store_true", help="only show where the time of training goes")
     args = parser.parse_args()
     device, data = utils.choose_device(args.device), utils.load_data(args.data)
@@ -338,7 +353,7 @@ def main():
         return
     print(f"{'':28}{'candidate':12}{'images/s':>10}{'MB':>8}{'MB on the device':>18}", flush=True)
     ratios = []
-    for name in args.only or [*NETWORKS, "mean_and_std", "start"]:
+    for name in args.only or [*NETWORKS, *([] if args.compile else ["mean_and_std", "start"])]:
         if name == "start":
             columns = zip(*(start(args.data, args.device) for _ in range(args.rounds)), strict=True)
             seconds, resident, on_device = map(statistics.median, columns)
@@ -352,7 +367,7 @@ def main():
                     print(f"{script:15}{how:25}{rate:10.0f}", flush=True)
                 ratios.append(f"ratio {script} 2-processes/1-process {rates[1] / rates[0]:.2f}")
             continue
-        for kind in ["training"] if name == "mean_and_std" else ["training", "evaluation"]:
+        for kind in ["training"] if name == "mean_and_std" or args.compile else ["training", "evaluation"]:
             title = name if kind == "training" else f"{name} evaluation"
             rates = {}
             measured = measure(name, kind, data, device, args.rounds, args.compile)
@@ -362,7 +377,7 @@ def main():
             for one, other in (("ours", "baseline"), ("ours", "limit"), ("compiled", "limit")):
                 if {one, other} <= rates.keys():
                     ratios.append(f"ratio {title.replace(' ', '-')} {one}/{other} {rates[one] / rates[other]:.2f}")
-            if title in NETWORKS:
+            if title in NETWORKS and not args.compile:
                 make, _, precision, _ = NETWORKS[title]
                 dtype = utils.DTYPES[utils.choose_precision(precision, device)]
                 share = rates["ours"] * operations(make) / most_operations(device, dtype)
