@@ -14,7 +14,7 @@ import plot
 import utils
 from models import ResNet18
 
-EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # the last two guessed from shorter trials
+EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # the last guessed from shorter trials
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
 PEAK = 0.25  # where in the run that is
