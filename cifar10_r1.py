@@ -28,14 +28,15 @@ def main():
     parser.add_argument("--flip", action="store_true", help="flip every second training image, at random")
     args = parser.parse_args()
 
-    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=args.flip)
+    device = utils.set_up(args)
+    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=args.flip)
     torch.manual_seed(args.seed)
-    model = TutorialCNN(num_classes=len(train_loader.classes)).to(args.device)
+    model = TutorialCNN(num_classes=len(train_loader.classes)).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)

@@ -26,12 +26,13 @@ def main():
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS["crop" if args.crop else "flip"]
 
-    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=args.crop)
+    device = utils.set_up(args)
+    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=args.crop)
     torch.manual_seed(args.seed)
-    model = ResNet18(num_classes=len(train_loader.classes)).to(args.device)
+    model = ResNet18(num_classes=len(train_loader.classes)).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)

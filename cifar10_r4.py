@@ -32,15 +32,16 @@ def main():
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS[args.stem]
 
-    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True, cutout=CUTOUT)
+    device = utils.set_up(args)
+    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True, cutout=CUTOUT)
     torch.manual_seed(args.seed)
-    model = ResNet18(num_classes=len(train_loader.classes), stem=args.stem).to(args.device)
+    model = ResNet18(num_classes=len(train_loader.classes), stem=args.stem).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
     scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)

@@ -239,7 +239,7 @@ def main():
         for seed in range(args.seeds):
             folder = args.checkpoints / f"{ROWS[name].after or name}-seed{seed}" / (ROWS[name].run + synthetic)
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
-    utils.Interrupted.advice = "; the same command goes on"
+    utils.handle_signals("; the same command goes on")
     for i, job in enumerate(jobs):
         done = len(job.epochs())
         state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"

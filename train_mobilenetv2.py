@@ -27,15 +27,16 @@ def main():
     parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
     args = parser.parse_args()
 
-    train_loader, test_loader = utils.dataloaders(args, MEAN, STD, flip=True, crop=True)
+    device = utils.set_up(args)
+    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
     torch.manual_seed(args.seed)
-    model = MobileNetV2(num_classes=len(train_loader.classes)).to(args.device)
+    model = MobileNetV2(num_classes=len(train_loader.classes)).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
     scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
     train_step = utils.TrainStep(model, criterion, optimizer, scaler)
 
     checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)

@@ -46,93 +46,6 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------- errors
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; its text is one line that says what is wrong and what to do."""
-
-
-class Damaged(UserError):
-    """A checkpoint that is not whole."""
-
-
-def run(main):
-    """Calls `main()`, as a script's last line does, and ends the process with one line on stderr where need be.
-
-    A UserError has exit status 2, Ctrl-C 130, and SIGTERM, by which a cluster ends a job, 143.
-    """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
-    keep_freed_memory()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except Interrupted as error:
-        end(128 + error.number, str(error))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        end(2, "error: whoever read the output has gone")
-    except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
-        end(2, f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
-            end(1, "error: the connection to another process is lost; its own error says why")
-        causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
-        texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
-        if not re.search("out of memory|can't allocate memory", " ".join(texts)):
-            raise
-        where = "the GPU" if "CUDA" in str(causes) else "this machine"
-        end(2, f"error: out of memory on {where}; take a smaller --batch-size")
-
-
-def keep_freed_memory():
-    """Has glibc keep the memory that is freed for what is allocated next (mallopt(3)); elsewhere does nothing.
-
-    By default it gives blocks of 32 MiB and more back to the system, and so each step's large activations lie on fresh
-    pages, which the system clears 4 KiB at a time. That took MobileNetV2 half of its time on a CPU.
-    """
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_mmap_max, 0)
-
-
-def printable(text):
-    """The text with escapes in the place of what cannot be shown: a file's name may hold a newline."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def end(status, line):
-    if RANK > 0:  # most errors are everybody's, and the first process says them; then torchrun ends this one here
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr, flush=True)
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        os._exit(status)  # a group that has lost a member may never come to its orderly end
-    sys.exit(status)
-
-
-class Interrupted(BaseException):
-    """What a signal raises, with its `number`; no Exception, which would be taken for the fault of a file."""
-
-    advice = ""  # how to go on: a run that begins to train sets it
-
-    def __init__(self, number):
-        super().__init__(f"ended by {signal.Signals(number).name}{self.advice}")
-        self.number = number
-
-
-def interrupt(number, frame):
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the second Ctrl-C of an impatient user must not disturb the first
-    raise Interrupted(number)
-
-
 # ----------------------------------------------------------------------------------------- several processes
 
 RANK, WORLD_SIZE = 0, 1
@@ -143,17 +56,14 @@ if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.envi
 def join_processes(device):
     """Makes one group of the processes that torchrun has started, of which only the first prints.
 
-    Returns the device of this one. Raises UserError if there are fewer GPUs than processes on the machine.
+    device: the torch.device of this one.
     """
-    if device.type == "cuda":
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(attempt(store), store)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
 
 
 def attempt(store):
@@ -184,9 +94,85 @@ def summed(values, device):
     return total.tolist()
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------- errors
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is one line that says what is wrong and what to do."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole."""
+
+
+def run(main):
+    """Calls `main()`, as a script's last line does, and ends the process with one line on stderr where need be.
+
+    A UserError has exit status 2, Ctrl-C 130, and SIGTERM, by which a cluster ends a job, 143.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
+    handle_signals()
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Interrupted as error:
+        end(128 + error.number, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        end(2, "error: whoever read the output has gone")
+    except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
+        end(2, f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
+            end(1, "error: the connection to another process is lost; its own error says why")
+        causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
+        texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
+        if not re.search("out of memory|can't allocate memory", " ".join(texts)):
+            raise
+        where = "the GPU" if "CUDA" in str(causes) else "this machine"
+        end(2, f"error: out of memory on {where}; take a smaller --batch-size")
+
+
+def printable(text):
+    """The text with escapes in the place of what cannot be shown: a file's name may hold a newline."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def end(status, line):
+    if RANK > 0:  # most errors are everybody's, and the first process says them; then torchrun ends this one here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:
+        sys.stdout.flush()
+        os._exit(status)  # a group that has lost a member may never come to its orderly end
+    sys.exit(status)
+
+
+class Interrupted(BaseException):
+    """What a signal raises, with its `number`; no Exception, which would be taken for the fault of a file."""
+
+    def __init__(self, number, advice):
+        super().__init__(f"ended by {signal.Signals(number).name}{advice}")
+        self.number = number
+
+
+def handle_signals(advice=""):
+    """Makes SIGINT and SIGTERM raise Interrupted; `advice` says how to go on, behind a semicolon."""
+
+    def interrupt(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # the second Ctrl-C of an impatient user must not disturb the first
+        raise Interrupted(number, advice)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def progress_bar(*args, **kwargs):
+    """tqdm's, on stdout, where that is a terminal."""
+    return tqdm(*args, **kwargs, file=sys.stdout, disable=not sys.stdout.isatty())
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -199,6 +185,89 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message):
         end(2, f"error: {message} (see --help)")
+
+
+# --------------------------------------------------------------------------------------------------- devices
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name):
+    """The torch.device of that name; "auto" is CUDA, then MPS, then the CPU. UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
+    return device
+
+
+def choose_precision(name, device):
+    """The key of DTYPES; "auto" is bf16 where the device computes it natively, else fp16 on CUDA and fp32 elsewhere."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "fp32"
+
+
+def precision_of(dtype):
+    """The key of DTYPES."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def autocast(images):
+    """The precision in which a network computes on `images` is the one that they come in."""
+    return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
+
+
+def keep_freed_memory():
+    """Has glibc keep the memory that is freed for what is allocated next (mallopt(3)); elsewhere does nothing.
+
+    By default it gives blocks of 32 MiB and more back to the system, and so each step's large activations lie on fresh
+    pages, which the system clears 4 KiB at a time. That took MobileNetV2 half of its time on a CPU.
+    """
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_mmap_max, 0)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(": ")[2] if names else cpu
+    return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
+    peak = {}
+    if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
+        status = Path("/proc/self/status").read_text()
+        peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
+    elif sys.platform == "darwin":
+        import resource  # which Windows has not
+
+        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes
+    if device.type == "cuda":
+        peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    return peak
+
+
+# ---------------------------------------------------------------------------------------------- command line
 
 
 class ArgumentParser(CommandLine):
@@ -231,7 +300,7 @@ class ArgumentParser(CommandLine):
         self.common = {action.dest for action in self._actions}
 
     def parse_args(self, argv=None):
-        """The parsed flags, `device` as a torch.device and `precision` as a key of DTYPES, and beside them
+        """The parsed flags, and beside them
 
         run: str, the run's name, from the script and the experiment's own flags; script: str, the script's;
         command: str, the command line without its paths; resume_command: str, the one that goes on with the run;
@@ -261,13 +330,6 @@ class ArgumentParser(CommandLine):
         args.lr = args.lr or self.recipe_lr
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             self.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-        try:
-            args.device = choose_device(args.device)
-            if WORLD_SIZE > 1:
-                args.device = join_processes(args.device)
-            args.precision = choose_precision(args.precision, args.device)
-        except UserError as error:
-            self.error(error)
         return args
 
 
@@ -291,35 +353,6 @@ def positive_float(text):
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
-
-
-def choose_device(name):
-    """The torch.device of that name; "auto" is CUDA, then MPS, then the CPU. UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # where CUDA graphs are captured
-    return device
-
-
-def choose_precision(name, device):
-    """The key of DTYPES; "auto" is bf16 where the device computes it natively, else fp16 on CUDA and fp32 elsewhere."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16"
-    return "fp32"
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -357,7 +390,7 @@ def load_data(name):
     Where there is nothing, CIFAR-10 is downloaded.
     """
     if name == "synthetic":
-        return make_synthetic()
+        return Data(*make_synthetic(), "synthetic")
     root = Path(name)
     if root.is_file():
         raise UserError(f"--data {name} is a file; name the folder that it lies in")
@@ -377,18 +410,7 @@ def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR
     """
     folder, archive = root / dataset.base_folder, root / dataset.filename
     if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{archive.name}.lock")  # of processes that start at once, one does the work
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process, which prepares {root}", flush=True)
-            held = lock.acquire()
-        with held:
-            if not folder.is_dir():
-                if not archive.is_file():
-                    download(archive, sources, size, sha256)
-                unpack(archive, folder, sha256)
+        prepare(folder, archive, sources, size, sha256)
     for member, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
         if not check_integrity(folder / member, md5):
             raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
@@ -396,6 +418,23 @@ def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2) for split in splits]
     labels = [torch.tensor(split.targets) for split in splits]
     return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
+
+
+def prepare(folder, archive, sources, size, sha256):
+    """Downloads the archive, where it is not there yet, and unpacks the folder from it. Raises UserError."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / f".{archive.name}.lock")  # of processes that start at once, one does the work
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which prepares {root}", flush=True)
+        held = lock.acquire()
+    with held:
+        if not folder.is_dir():
+            if not archive.is_file():
+                download(archive, sources, size, sha256)
+            unpack(archive, folder, sha256)
 
 
 def unpack(archive, folder, sha256):
@@ -644,6 +683,7 @@ SHAPES = {  # u, v: integer offsets from the centre, to the right and down; r: t
 def make_synthetic():
     """10,000 training and 2,000 test images of ten shapes, in random places, sizes and colours.
 
+    Returns the images and the labels of the one, those of the other, and the names of the classes, as Data has them.
     Whole numbers from NumPy's legacy generator, whose stream never changes: the same images on every machine.
     """
     rng = np.random.RandomState(0)
@@ -660,7 +700,7 @@ def make_synthetic():
             out[:] = np.clip(background + contrast * mask + noise, 0, 255)
         splits.append(torch.from_numpy(pixels).flatten(0, 1).contiguous(memory_format=torch.channels_last))
         splits.append(torch.arange(len(SHAPES)).repeat_interleave(count))
-    return Data(*splits, list(SHAPES), "synthetic")
+    return *splits, list(SHAPES)
 
 
 # ---------------------------------------------------------------------------------------------------- loader
@@ -669,17 +709,34 @@ def make_synthetic():
 TEST_BATCH_SIZE = 500
 
 
-def dataloaders(args, mean, std, flip=False, crop=False, cutout=0):
+def set_up(args):
+    """Joins the processes that torchrun has started, if it has; returns the torch.device that this one trains on.
+
+    Raises UserError if the machine has no such device, or too few.
+    """
+    keep_freed_memory()
+    device = choose_device(args.device)
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        join_processes(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # where CUDA graphs are captured
+    return device
+
+
+def dataloaders(args, device, mean, std, flip=False, crop=False, cutout=0):
     """The training and the test Loader of `args.data`; the last three augment the training images. Raises UserError.
 
     mean, std: of the channels of an image with values from 0 to 1; flip, crop, cutout: see Loader.
     """
+    precision = choose_precision(args.precision, device)
     data = load_data(args.data)
-    common = {"mean": mean, "std": std, "device": args.device, "dtype": DTYPES[args.precision]}
+    common = {"mean": mean, "std": std, "device": device, "dtype": DTYPES[precision]}
     train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, cutout=cutout, **common)
     test_loader = Loader(data, "test", TEST_BATCH_SIZE, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
-    print(f"{images} of {len(data.classes)} classes ({data.source}), on {args.device} in {args.precision}", flush=True)
+    print(f"{images} of {len(data.classes)} classes ({data.source}), on {device} in {precision}", flush=True)
     return train_loader, test_loader
 
 
@@ -895,16 +952,6 @@ def per_class_accuracy(confusion):
     return 100 * confusion.diagonal().double() / confusion.sum(1)
 
 
-def autocast(images):
-    """The precision in which a network computes on `images` is the one that they come in."""
-    return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
-
-
-def progress_bar(*args, **kwargs):
-    """tqdm's, on stdout, where that is a terminal."""
-    return tqdm(*args, **kwargs, file=sys.stdout, disable=not sys.stdout.isatty())
-
-
 class Meter:
     """The loss and the accuracy of an epoch so far, and its progress bar where stdout is a terminal.
 
@@ -1060,7 +1107,7 @@ class Checkpoints:
         for name, content in adopted.items():
             write_whole(self.folder / name, content)
         self.clock, self.lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]  # those of the next epoch
-        Interrupted.advice = f"; {args.resume_command} goes on after the last epoch that was saved"
+        handle_signals(f"; {args.resume_command} goes on after the last epoch that was saved")
         return epoch
 
     def claim(self):
@@ -1225,7 +1272,7 @@ class Checkpoints:
             "confusion": confusion.tolist(),
             "seconds": sum(row["seconds"] for row in self.rows),
             "peak_memory_mb": peak_memory(self.loader.device),
-            "precision": self.args.precision,
+            "precision": precision_of(self.loader.dtype),
             "processes": WORLD_SIZE,
             "device": device_name(self.loader.device),
             "versions": {
@@ -1316,31 +1363,6 @@ def read_checkpoint(path):
         raise Damaged(
             f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
         ) from None
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device):
-    """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
-    peak = {}
-    if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
-        status = Path("/proc/self/status").read_text()
-        peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
-    elif sys.platform == "darwin":
-        import resource  # which Windows has not
-
-        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes
-    if device.type == "cuda":
-        peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    return peak
 
 
 def commit():

@@ -35,7 +35,7 @@ def test_from_cuda_to_the_cpu_and_back(script, tmp_path, folders):
 
 def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
     """A TrainStep that has run some epochs on the synthetic images, and its loader."""
-    data, mean = utils.make_synthetic(), (0.5, 0.5, 0.5)
+    data, mean = utils.load_data("synthetic"), (0.5, 0.5, 0.5)
     loader = utils.Loader(
         data, "train", 128, mean=mean, std=mean, device=CUDA, dtype=utils.DTYPES[precision], flip=True, crop=True
     )
