@@ -4,7 +4,6 @@ errors, the command line, data, the loader, one epoch of training and of testing
 import argparse
 import csv
 import ctypes
-import datetime
 import hashlib
 import http.client
 import importlib.util
@@ -25,7 +24,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -39,60 +37,13 @@ import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------- several processes
-
-RANK, WORLD_SIZE = 0, 1
-if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # torchrun sets them
-    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def join_processes(device):
-    """Makes one group of the processes that torchrun has started, of which only the first prints.
-
-    device: the torch.device of this one.
-    """
-    backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(attempt(store), store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def attempt(store):
-    """A name that only the processes of this attempt have, and all of them: the first one's, once each has got it.
-
-    After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 167288).
-    """
-    mine = uuid.uuid4().hex
-    if RANK == 0:
-        store.set("attempt", mine)
-        others = [store.get(f"{mine}/{rank}").decode() for rank in range(1, WORLD_SIZE)]  # waits for each
-        store.set(f"{mine}/complete", " ".join(others))
-        return mine
-    while True:
-        name = store.get("attempt").decode()  # that of the attempt before, if this one's first process is not there yet
-        store.set(f"{name}/{RANK}", mine)
-        if store.check([f"{name}/complete"]) and mine in store.get(f"{name}/complete").decode():
-            return name
-        time.sleep(0.05)
-
-
-def summed(values, device):
-    """The sums of a list of numbers over the processes."""
-    if WORLD_SIZE == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.double, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
+from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------- errors
 
