@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811, RUF100 -- names that move to harness/ stay importable from here until all have moved
 """What the training scripts share, in the order in which a run meets it:
 errors, the command line, data, the loader, one epoch of training and of testing, per-class accuracy, checkpoints."""
 
@@ -41,94 +42,24 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed  # noqa: F401
-from harness.terminal import CommandLine, Interrupted, UserError, end, handle_signals, printable, progress_bar, run  # noqa: F401
+from harness.devices import (
+    DTYPES,
+    autocast,
+    choose_device,
+    choose_precision,
+    device_name,
+    keep_freed_memory,
+    peak_memory,
+    precision_of,
+)
+from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed
+from harness.terminal import CommandLine, Interrupted, UserError, end, handle_signals, printable, progress_bar, run
 
 # ---------------------------------------------------------------------------------------------------- errors
 
 
 class Damaged(UserError):
     """A checkpoint that is not whole."""
-
-
-# --------------------------------------------------------------------------------------------------- devices
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_device(name):
-    """The torch.device of that name; "auto" is CUDA, then MPS, then the CPU. UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
-    return device
-
-
-def choose_precision(name, device):
-    """The key of DTYPES; "auto" is bf16 where the device computes it natively, else fp16 on CUDA and fp32 elsewhere."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16"
-    return "fp32"
-
-
-def precision_of(dtype):
-    """The key of DTYPES."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def autocast(images):
-    """The precision in which a network computes on `images` is the one that they come in."""
-    return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
-
-
-def keep_freed_memory():
-    """Has glibc keep the memory that is freed for what is allocated next (mallopt(3)); elsewhere does nothing.
-
-    By default it gives blocks of 32 MiB and more back to the system, and so each step's large activations lie on fresh
-    pages, which the system clears 4 KiB at a time. That took MobileNetV2 half of its time on a CPU.
-    """
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_mmap_max, 0)
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(device):
-    """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
-    peak = {}
-    if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
-        status = Path("/proc/self/status").read_text()
-        peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
-    elif sys.platform == "darwin":
-        import resource  # which Windows has not
-
-        peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes
-    if device.type == "cuda":
-        peak["cuda"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    return peak
 
 
 # ---------------------------------------------------------------------------------------------- command line
