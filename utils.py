@@ -52,15 +52,9 @@ from harness.devices import (
     peak_memory,
     precision_of,
 )
+from harness.files import Damaged, read_checkpoint, sha256_of, write_checkpoint, write_whole
 from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed
 from harness.terminal import CommandLine, Interrupted, UserError, end, handle_signals, printable, progress_bar, run
-
-# ---------------------------------------------------------------------------------------------------- errors
-
-
-class Damaged(UserError):
-    """A checkpoint that is not whole."""
-
 
 # ---------------------------------------------------------------------------------------------- command line
 
@@ -242,11 +236,6 @@ def unpack(archive, folder, sha256):
             os.replace(Path(unpacked, folder.name), folder)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{archive} cannot be unpacked: {error}") from None
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Unusable(Exception):
@@ -1101,34 +1090,6 @@ class Checkpoints:
         self.writer.flush()
 
 
-def write_checkpoint(path, state, keep=None):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(path, buffer.getbuffer(), keep)
-
-
-def write_whole(path, content, keep=None):
-    """Writes the file `path` whole, or leaves what was there; what was there becomes `keep`. Raises UserError."""
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file in its place
-        if keep and path.exists():
-            keep.unlink(missing_ok=True)
-            try:
-                os.link(path, keep)  # there is no moment without a whole `path`
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, keep)
-        os.replace(new, path)
-    except BaseException as error:
-        new.unlink(missing_ok=True)
-        if not isinstance(error, OSError):  # a signal, say
-            raise
-        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
-
-
 def record_text(record):
     """The record as JSON: a line for each of its members, for each epoch and for each row of the confusion matrix."""
     lines = []
@@ -1138,26 +1099,6 @@ def record_text(record):
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         lines.append(f" {json.dumps(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def read_checkpoint(path):
-    """The dict that `write_checkpoint` wrote, its tensors on the CPU. Raises UserError if it is missing or damaged."""
-    try:
-        content = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as file:
-            damaged = file.testzip()  # torch.load does not check the CRCs (pytorch issue 28858)
-        if damaged:
-            raise ValueError(f"wrong CRC of {damaged}")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "arguments", "weights", "epoch"}:
-            raise ValueError("not written by these scripts")
-        return checkpoint
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
-        raise Damaged(
-            f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
-        ) from None
 
 
 def commit():
