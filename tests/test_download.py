@@ -14,6 +14,7 @@ from conftest import PROCESSES, Trap
 from torchvision.datasets import CIFAR10
 
 import utils
+from harness import download
 
 
 class Source(BaseHTTPRequestHandler):
@@ -89,7 +90,7 @@ def get(server, tmp_path, capsys, monkeypatch):
         archive = tmp_path / "downloaded" / CIFAR10.filename
         archive.parent.mkdir(exist_ok=True)
         try:
-            utils.download(archive, [f"http://{address}/{name}" for name in names], **server.hashes)
+            download.download(archive, [f"http://{address}/{name}" for name in names], **server.hashes)
             assert archive.read_bytes() == server.content
             assert os.listdir(archive.parent) == [archive.name]
         finally:
@@ -138,7 +139,7 @@ def test_the_rest_of_other_bytes_is_fetched_anew(get, server, tmp_path):
 
 
 def test_a_stall(get, monkeypatch, server):
-    monkeypatch.setattr(utils, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     half = len(server.content) // 2
     assert get("stalls", "whole") == [f"HOST: no byte for 0.3 s, after {half} of {len(server.content)}"]
 
@@ -152,17 +153,17 @@ def test_pages_instead_of_the_file(get, server):
 
 
 def test_a_slow_source_is_left_while_there_is_another(get, monkeypatch, server):
-    monkeypatch.setattr(utils, "JUDGE_SECONDS", 0.1)
-    monkeypatch.setattr(utils, "FAIR_SECONDS", 1)
+    monkeypatch.setattr(download, "JUDGE_SECONDS", 0.1)
+    monkeypatch.setattr(download, "FAIR_SECONDS", 1)
     (line,) = get("slow", "whole")
     assert re.fullmatch(r"HOST: slow: 0\.\d of 0\.\d MB, 0\.\d\d MB/s, \d+ s left", line)
     assert [path for path, _ in server.requests] == ["/slow", "/whole"]
 
 
 def test_a_slow_source_is_the_last_resort(get, monkeypatch, server):
-    monkeypatch.setattr(utils, "JUDGE_SECONDS", 0.1)
-    monkeypatch.setattr(utils, "FAIR_SECONDS", 1)
-    monkeypatch.setattr(utils, "REPORT_SECONDS", 1)
+    monkeypatch.setattr(download, "JUDGE_SECONDS", 0.1)
+    monkeypatch.setattr(download, "FAIR_SECONDS", 1)
+    monkeypatch.setattr(download, "REPORT_SECONDS", 1)
     lines = get("slow", "missing")
     assert [path for path, _ in server.requests] == ["/slow", "/missing", "/slow"]
     assert lines[0].startswith("HOST: slow: ") and lines[1] == "HOST: HTTP 404 Not Found"
@@ -208,10 +209,10 @@ def test_without_a_route(refused, monkeypatch, tmp_path):
 
 
 def test_a_name_that_is_never_looked_up(monkeypatch):
-    monkeypatch.setattr(utils, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(utils.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(5))
-    with pytest.raises(utils.Unusable, match=r"no answer within 0.2 s"):
-        utils.answer("http://nowhere", {})
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(5))
+    with pytest.raises(download.Unusable, match=r"no answer within 0.2 s"):
+        download.answer("http://nowhere", {})
 
 
 def read_small(root, sources, hashes, lists):
