@@ -74,6 +74,7 @@ from harness.download import (
 )
 from harness.files import Damaged, read_checkpoint, sha256_of, write_checkpoint, write_whole
 from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed
+from harness.synthetic import SHAPES, make_synthetic
 from harness.terminal import CommandLine, Interrupted, UserError, end, handle_signals, printable, progress_bar, run
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -199,43 +200,6 @@ def read_image(path, resize=False):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything at a damaged file
         raise UserError(f"{path} is no image that can be read ({error}); repair it or take it out") from None
-
-
-SHAPES = {  # u, v: integer offsets from the centre, to the right and down; r: the radius, 6 to 10 pixels
-    "bars": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (v % 6 < 3),
-    "columns": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (u % 6 < 3),
-    "cross": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (np.minimum(abs(u), abs(v)) * 4 <= r),
-    "diamond": lambda u, v, r: abs(u) + abs(v) <= r,
-    "disc": lambda u, v, r: u * u + v * v <= r * r,
-    "frame": lambda u, v, r: abs(2 * np.maximum(abs(u), abs(v)) * 2 - 3 * r) <= r,
-    "ring": lambda u, v, r: (u * u + v * v <= r * r) & (u * u + v * v > r * r // 3),
-    "saltire": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (abs(abs(u) - abs(v)) * 4 <= r),
-    "square": lambda u, v, r: np.maximum(abs(u), abs(v)) <= r,
-    "triangle": lambda u, v, r: (2 * abs(u) <= v + r) & (v <= r),
-}
-
-
-def make_synthetic():
-    """10,000 training and 2,000 test images of ten shapes, in random places, sizes and colours.
-
-    Returns the images and the labels of the one, those of the other, and the names of the classes, as Data has them.
-    Whole numbers from NumPy's legacy generator, whose stream never changes: the same images on every machine.
-    """
-    rng = np.random.RandomState(0)
-    y, x = np.mgrid[:32, :32]
-    splits = []
-    for count in (1000, 200):  # images a class
-        pixels = np.empty((len(SHAPES), count, 3, 32, 32), np.uint8)
-        for shape, out in zip(SHAPES.values(), pixels, strict=True):
-            cx, cy, r = (rng.randint(low, high, (count, 1, 1)) for low, high in ((11, 21), (11, 21), (6, 11)))
-            mask = shape(x - cx, y - cy, r)[:, None]
-            background = rng.randint(40, 146, (count, 3, 1, 1), np.int16)
-            contrast = rng.randint(30, 91, (count, 3, 1, 1), np.int16)
-            noise = rng.randint(-60, 61, (count, 3, 32, 32), np.int16)
-            out[:] = np.clip(background + contrast * mask + noise, 0, 255)
-        splits.append(torch.from_numpy(pixels).flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        splits.append(torch.arange(len(SHAPES)).repeat_interleave(count))
-    return *splits, list(SHAPES)
 
 
 # ---------------------------------------------------------------------------------------------------- loader
