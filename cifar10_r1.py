@@ -10,7 +10,6 @@ python cifar10_r1.py --flip --evaluate     # only test
 import torch
 from torch import nn
 
-import plot
 import utils
 from models import TutorialCNN
 
@@ -45,10 +44,7 @@ def main():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         checkpoints.save(epoch, train_metrics, test_metrics)
-    logits = utils.predict(model, test_loader)
-    checkpoints.finish(logits)
-    if not args.evaluate:
-        plot.draw(checkpoints.folder, logits, test_loader)
+    utils.finish(checkpoints, model, test_loader)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ python cifar10_r4.py --stem cifar --evaluate # only test
 import torch
 from torch import nn
 
-import plot
 import utils
 from models import ResNet18
 
@@ -51,10 +50,7 @@ def main():
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
-    logits = utils.predict(model, test_loader)
-    checkpoints.finish(logits)
-    if not args.evaluate:
-        plot.draw(checkpoints.folder, logits, test_loader)
+    utils.finish(checkpoints, model, test_loader)
 
 
 if __name__ == "__main__":

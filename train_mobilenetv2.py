@@ -8,7 +8,6 @@ python train_mobilenetv2.py --evaluate   # only test
 import torch
 from torch import nn
 
-import plot
 import utils
 from models import MobileNetV2
 
@@ -46,10 +45,7 @@ def main():
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
-    logits = utils.predict(model, test_loader)
-    checkpoints.finish(logits)
-    if not args.evaluate:
-        plot.draw(checkpoints.folder, logits, test_loader)
+    utils.finish(checkpoints, model, test_loader)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,17 @@ def per_class_accuracy(confusion):
     return 100 * confusion.diagonal().double() / confusion.sum(1)
 
 
+def finish(checkpoints, model, test_loader):
+    """Prints the accuracy by class, writes the run's record and draws its pictures, the latter not after --evaluate."""
+    logits = predict(model, test_loader)
+    confusion = confusion_matrix(logits, test_loader.labels.cpu())
+    checkpoints.finish(confusion, per_class_accuracy(confusion))
+    if not checkpoints.args.evaluate:
+        import plot  # and with it matplotlib, which would make every start slower
+
+        plot.draw(checkpoints.folder, logits, test_loader)
+
+
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -420,16 +431,15 @@ class Checkpoints:
         """The log row of the epoch that was the first to reach the best test accuracy."""
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
-    def finish(self, logits):
+    def finish(self, confusion, per_class):
         """Prints the accuracy by class; writes run.json where there is none of this run's length.
 
-        logits: those of `predict` for the test images.
+        confusion: the test images' `confusion_matrix`; per_class: its `per_class_accuracy`.
         """
         if RANK > 0:
             return
-        confusion = confusion_matrix(logits, self.loader.data.test_labels)
-        accuracy = 100 * confusion.trace().item() / len(logits)
-        per_class = dict(zip(self.loader.classes, per_class_accuracy(confusion).tolist(), strict=True))
+        accuracy = 100 * confusion.trace().item() / confusion.sum().item()
+        per_class = dict(zip(self.loader.classes, per_class.tolist(), strict=True))
         kind = "synthetic test" if self.loader.data.source == "synthetic" else "test"
         print(f"Accuracy of the network on the {kind} images: {accuracy:.1f} %")
         for name, value in per_class.items():
