@@ -1,10 +1,8 @@
 """Fixtures: the scripts as a user runs them, and folders of images to run them on."""
 
 import hashlib
-import multiprocessing
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -13,39 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers import CIFAR10_CLASSES, PACK, PROCESSES, ROOT, as_a_process, output, write_images
 from torchvision.datasets import CIFAR10
-
-ROOT = Path(__file__).resolve().parent.parent
-PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
-SCRIPTS = R1, R2, R3, R4, MOBILENET = (
-    "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py",
-)  # fmt: skip
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-# Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
-os.environ["PYTHONPATH"] = str(ROOT)
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["plot", "predict"])
-
-
-def output(folder, stream):
-    """The file with the "stdout" or "stderr" of the script that has run, or runs, in `folder`."""
-    return folder.with_name(f"{folder.name}.{stream}")
-
-
-def as_a_process(path, flags, folder, environment, before):
-    """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(output(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-    sys.argv = [path, *flags]
-    if before:
-        before()
-    runpy.run_path(path, run_name="__main__")
 
 
 @pytest.fixture
@@ -90,29 +57,6 @@ def refused(script):
         return done.stderr
 
     return run
-
-
-def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix=".png"):
-    """Class folders of little pictures, `train` and `test` a class, whose class is their brightness."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for label, name in enumerate(classes):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(60 * label, 60 * label + 80, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:04d}{suffix}")
-    return root
-
-
-class Trap:
-    """Where it is unpickled as any object is, the file `path` appears."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import R1, R2, ROOT, SCRIPTS, write_images
+from helpers import R1, R2, ROOT, SCRIPTS, write_images
 from PIL import Image
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MOBILENET, R1, R2, R3, R4
+from helpers import MOBILENET, R1, R2, R3, R4
 from torch import nn
 
 import utils

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR10_CLASSES, Trap, write_images
+from helpers import CIFAR10_CLASSES, Trap, write_images
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2

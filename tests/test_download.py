@@ -10,7 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import PROCESSES, Trap
+from helpers import PROCESSES, Trap
 from torchvision.datasets import CIFAR10
 
 import utils

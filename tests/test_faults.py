@@ -13,10 +13,8 @@ import time
 
 import pytest
 import torch
-from conftest import R1, ROOT, output, write_images
+from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_images
 from PIL import Image
-from test_resume import wait_for_a_save
-from test_scripts import log, same_weights
 
 import utils
 

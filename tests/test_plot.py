@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import R1, R2, write_images
+from helpers import R1, R2, write_images
 from PIL import Image
 
 import plot

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import R1, R3, SCRIPTS, Trap, write_images
+from helpers import R1, R3, SCRIPTS, Trap, write_images
 from PIL import Image
 
 import predict

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import ROOT, SCRIPTS, write_images
+from helpers import ROOT, SCRIPTS, write_images
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()

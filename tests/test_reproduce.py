@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from conftest import R1, ROOT, output, write_images
+from helpers import R1, ROOT, output, write_images
 
 import plot
 import reproduce

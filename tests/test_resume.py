@@ -10,15 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import MOBILENET, R1, R2, R3, R4, output, write_images
-from test_scripts import log, same_weights
-
-
-def wait_for_a_save(process, last):
-    """Returns once the process has saved an epoch, or has ended."""
-    before = last.stat().st_mtime_ns if last.exists() else None
-    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
-        time.sleep(0.002)
+from helpers import MOBILENET, R1, R2, R3, R4, log, output, same_weights, wait_for_a_save, write_images
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The training scripts, run as a user runs them."""
 
 import contextlib
-import csv
 import fcntl
 import importlib.util
 import json
@@ -16,28 +15,13 @@ import termios
 
 import pytest
 import torch
-from conftest import R1, R2, ROOT, Trap, write_images
+from helpers import R1, R2, ROOT, Trap, log, same_weights, write_images
 
 import utils
 
 EPOCH = re.compile(
     r"epoch:(\d+)/\d+ train loss:\d+\.\d{3}, accuracy:\d+\.\d{3}, test loss:\d+\.\d{3}, accuracy:(\S+), saved.*"
 )
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
-
-
-def same_weights(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def log(folder):
-    """The rows of log.csv without their seconds."""
-    rows = list(csv.DictReader((folder / "log.csv").open()))
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -9,8 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import R1, R2, ROOT, write_images
-from test_scripts import log, weights
+from helpers import R1, R2, ROOT, log, weights, write_images
 
 import utils
 from predict import load_classifier
@@ -102,7 +101,7 @@ def children(process):
     return [*map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split())]
 
 
-def wait_for_a_save(tmp_path, *processes):
+def wait_for_the_first_save(tmp_path, *processes):
     last = tmp_path / "checkpoints/cifar10_r1/last.pt"
     while not last.exists():
         assert all(process.poll() is None for process in processes)
@@ -113,7 +112,7 @@ def wait_for_a_save(tmp_path, *processes):
 def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
     flags = ["--batch-size", 32, "--epochs", 200, "--resume"]
     process = begin(tmp_path, "--standalone --nproc-per-node=2 --max-restarts=1", R1, *flags)
-    last = wait_for_a_save(tmp_path, process)
+    last = wait_for_the_first_save(tmp_path, process)
     os.kill(children(process)[-1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -137,7 +136,7 @@ def test_two_nodes(tmp_path, data):
 
 def test_two_nodes_go_on_after_one_lost_its_process(tmp_path, data):
     nodes = two_nodes(tmp_path, "--batch-size", 32, "--epochs", 200, "--resume", restarts=3)
-    last = wait_for_a_save(tmp_path, *nodes)
+    last = wait_for_the_first_save(tmp_path, *nodes)
     os.kill(children(nodes[1])[0], signal.SIGKILL)
     for node in nodes:
         assert node.wait(120) == 0
@@ -147,7 +146,7 @@ def test_two_nodes_go_on_after_one_lost_its_process(tmp_path, data):
 
 def test_a_node_that_dies_ends_the_run(tmp_path, data):
     nodes = two_nodes(tmp_path, "--batch-size", 32, "--epochs", 100_000)
-    last = wait_for_a_save(tmp_path, *nodes)
+    last = wait_for_the_first_save(tmp_path, *nodes)
     for pid in [nodes[1].pid, *children(nodes[1])]:
         os.kill(pid, signal.SIGKILL)
     began = time.monotonic()

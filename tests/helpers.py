@@ -1,0 +1,89 @@
+"""What the tests and their fixtures share: the scripts' names, their processes, and what is read of a run."""
+
+import csv
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
+SCRIPTS = R1, R2, R3, R4, MOBILENET = (
+    "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py",
+)  # fmt: skip
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
+os.environ["PYTHONPATH"] = str(ROOT)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["plot", "predict"])
+
+
+def output(folder, stream):
+    """The file with the "stdout" or "stderr" of the script that has run, or runs, in `folder`."""
+    return folder.with_name(f"{folder.name}.{stream}")
+
+
+def as_a_process(path, flags, folder, environment, before):
+    """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.argv = [path, *flags]
+    if before:
+        before()
+    runpy.run_path(path, run_name="__main__")
+
+
+def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix=".png"):
+    """Class folders of little pictures, `train` and `test` a class, whose class is their brightness."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(60 * label, 60 * label + 80, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:04d}{suffix}")
+    return root
+
+
+class Trap:
+    """Where it is unpickled as any object is, the file `path` appears."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def log(folder):
+    """The rows of log.csv without their seconds."""
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def wait_for_a_save(process, last):
+    """Returns once the process has saved an epoch, or has ended."""
+    before = last.stat().st_mtime_ns if last.exists() else None
+    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+        time.sleep(0.002)
