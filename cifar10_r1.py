@@ -28,23 +28,21 @@ def main():
     args = parser.parse_args()
 
     device = utils.set_up(args)
-    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=args.flip)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=args.flip)
     torch.manual_seed(args.seed)
-    model = TutorialCNN(num_classes=len(train_loader.classes)).to(device)
+    model = TutorialCNN(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
-    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
+    train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype)
 
-    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler)
-    first_epoch = checkpoints.start()  # 1, or the one that --resume goes on with
-    for epoch in range(first_epoch, args.epochs + 1):
+    checkpoints = utils.Checkpoints(args, data, train_loader, train_step)
+    for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         checkpoints.save(epoch, train_metrics, test_metrics)
-    utils.finish(checkpoints, model, test_loader)
+    utils.finish(checkpoints, data, model, test_loader)
 
 
 if __name__ == "__main__":

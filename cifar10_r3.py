@@ -10,6 +10,7 @@ from torch import nn
 import utils
 from models import ResNet18
 
+BASE = ("cifar10_r2-crop", "python cifar10_r2.py --crop")  # the run that this one continues, and its command
 EPOCHS = 60  # counted from the start of round 2, whose last they follow
 BATCH_SIZE = 64  # in smaller batches batch-norm is noisier, and the network overfits less
 LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends about a percent lower in as many epochs
@@ -23,21 +24,19 @@ def main():
     args = parser.parse_args()
 
     device = utils.set_up(args)
-    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
     torch.manual_seed(args.seed)
-    model = ResNet18(num_classes=len(train_loader.classes)).to(device)
+    model = ResNet18(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
-    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
+    train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype)
 
-    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, after="cifar10_r2-crop")
-    first_epoch = checkpoints.start()  # 1, or the one that --resume goes on with
-    for epoch in range(first_epoch, args.epochs + 1):
+    checkpoints = utils.Checkpoints(args, data, train_loader, train_step, base=BASE)
+    for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         checkpoints.save(epoch, train_metrics, test_metrics)
-    utils.finish(checkpoints, model, test_loader)
+    utils.finish(checkpoints, data, model, test_loader)
 
 
 if __name__ == "__main__":

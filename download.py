@@ -6,19 +6,20 @@ python download.py --data DIR
 
 from pathlib import Path
 
-import utils
+from harness.data import load_data
+from harness.terminal import CommandLine, run
 
 
-def main():
-    parser = utils.CommandLine(__doc__)
+def main() -> None:
+    parser = CommandLine(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="the folder (default: data)")
     args = parser.parse_args()
     if args.data == "synthetic":
         parser.error("--data synthetic needs no download")
-    data = utils.load_data(args.data)
+    data = load_data(args.data)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
     print(f"{images} of {len(data.classes)} classes ({data.source}) are in {Path(args.data).resolve()}")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -4,14 +4,17 @@ python mean_and_std.py                        # of CIFAR-10's training images, i
 python mean_and_std.py --plot histograms.png  # and a picture of what the normalisation does
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torchvision.transforms.v2 import functional as images
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_dtype, to_image
 
 import plot
-import utils
+from harness.data import load_data
+from harness.terminal import CommandLine, UserError, progress_bar, run
 
 
 class Statistics(NamedTuple):
@@ -26,8 +29,8 @@ class Statistics(NamedTuple):
     pixel_std: torch.Tensor
 
 
-def get_mean_and_std(dataset):
-    """The mean over images of each image's mean, and of each image's std (n - 1): two tensors of shape (channels,).
+def get_mean_and_std(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean over images of each image's mean, and of each image's std (n - 1), float32 of shape (channels,).
 
     See `get_statistics` for what `dataset` may be.
     """
@@ -35,8 +38,8 @@ def get_mean_and_std(dataset):
     return statistics.mean.float(), statistics.std.float()
 
 
-def get_statistics(dataset):
-    """The Statistics of a dataset, in one pass over it, accumulated in float64.
+def get_statistics(dataset: Dataset | torch.Tensor) -> Statistics:
+    """Return the Statistics of a dataset, in one pass over it, accumulated in float64.
 
     dataset: a map-style dataset of (image, label), or images alone as one uint8 tensor of shape (N, C, H, W). An image
     is a PIL image, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W); sizes may differ. Values of
@@ -46,7 +49,7 @@ def get_statistics(dataset):
     pixel and so no std, or holds a value that is not finite, and if there is no image.
     """
     if len(dataset) == 0:
-        raise utils.UserError("the dataset is empty; mean and std need an image or more")
+        raise UserError("the dataset is empty; mean and std need an image or more")
     if isinstance(dataset, torch.Tensor) and dataset.dtype == torch.uint8:
         pixels, means, squares = dataset[0, 0].numel(), *moments_of_uint8(dataset)
     else:
@@ -55,14 +58,14 @@ def get_statistics(dataset):
     pixels = torch.as_tensor(pixels, dtype=torch.double).expand(len(means))[:, None]
     if (pixels == 1).any():
         single = (pixels == 1).flatten().nonzero()[0].item()
-        raise utils.UserError(f"image {single} has a single pixel, and so no std; take it out")
+        raise UserError(f"image {single} has a single pixel, and so no std; take it out")
     deviation = means - (pixels * means).sum(0) / pixels.sum()  # of each image's mean from that over all pixels
     pixel_std = ((squares + pixels * deviation**2).sum(0) / pixels.sum()).sqrt()
     return Statistics(mean, (squares / (pixels - 1)).sqrt().mean(0), pixel_std)
 
 
-def moments_of_uint8(tensor):
-    """Each image's means and sums of squared deviations, float64 of shape (N, C), exact up to their last rounding."""
+def moments_of_uint8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each image's means and sums of squared deviations, float64 of shape (N, C), exact but for rounding."""
     n, channels, height, width = tensor.shape
     sums, squares = (torch.empty(n, channels, dtype=torch.double) for _ in range(2))
     for start in range(0, n, 128):  # images that fit into the cache as floats
@@ -75,25 +78,25 @@ def moments_of_uint8(tensor):
     return sums / pixels / 255, (pixels * squares - sums**2) / pixels / 255**2
 
 
-def moments_of_images(dataset):
-    """The number of pixels of each image, and the moments as above."""
+def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the number of pixels of each image, int64 of shape (N,), and its moments as above."""
     pixels, means, squares = [], [], []
-    for i in utils.progress_bar(range(len(dataset)), desc="mean and std", leave=False):
+    for i in progress_bar(range(len(dataset)), desc="mean and std", leave=False):
         image = dataset[i] if isinstance(dataset, torch.Tensor) else dataset[i][0]
-        image = image if isinstance(image, torch.Tensor) else images.to_image(image)
-        image = images.to_dtype(image, torch.double, scale=True).flatten(1)
+        image = image if isinstance(image, torch.Tensor) else to_image(image)
+        image = to_dtype(image, torch.double, scale=True).flatten(1)
         if means and len(image) != len(means[0]):
-            raise utils.UserError(f"image {i} has {len(image)} channels, those before have {len(means[0])}")
+            raise UserError(f"image {i} has {len(image)} channels, those before have {len(means[0])}")
         if not image.isfinite().all():
-            raise utils.UserError(f"image {i} holds a value that is not finite; repair it or take it out")
+            raise UserError(f"image {i} holds a value that is not finite; repair it or take it out")
         means.append(image.mean(1))
         squares.append((image - means[-1][:, None]).square().sum(1))
         pixels.append(image.shape[1])
     return torch.tensor(pixels), torch.stack(means), torch.stack(squares)
 
 
-def histograms(tensor, mean, std, path):
-    """Draws the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
+def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path: Path) -> None:
+    """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
@@ -117,12 +120,12 @@ def histograms(tensor, mean, std, path):
     plot.save(figure, path)
 
 
-def main():
-    parser = utils.CommandLine(__doc__)
+def main() -> None:
+    parser = CommandLine(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
     parser.add_argument("--plot", type=plot.picture, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
-    data = utils.load_data(args.data)
+    data = load_data(args.data)
     statistics = get_statistics(data.train_images)
     print("mean, std of trainset:", statistics.mean.float(), statistics.std.float())
     print()
@@ -151,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -19,6 +19,11 @@ from matplotlib.figure import Figure  # without pyplot there is no window and no
 from matplotlib.lines import Line2D
 
 import utils
+from harness.data import Data, load_data
+from harness.devices import choose_device
+from harness.files import read_checkpoint, write_atomically
+from harness.loader import Loader
+from harness.terminal import CommandLine, UserError, escape_unprintable, run
 from predict import load_classifier
 
 matplotlib.rcParams["text.parse_math"] = False  # a class's name may hold a $
@@ -27,38 +32,36 @@ matplotlib.rcParams["text.parse_math"] = False  # a class's name may hold a $
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
 
 
-def draw(folder, logits, loader):
-    """Draws curves.png, confusion.png and mistakes.png of a run into its folder. Raises UserError.
+def draw(folder: Path, logits: torch.Tensor, data: Data) -> None:
+    """Draw curves.png, confusion.png and mistakes.png of a run into its folder. Raise UserError if that fails.
 
-    logits: those of `utils.predict` for the images of `loader`, the test loader.
+    logits: of the test images, of shape (N, classes), as `utils.predict` returns them.
     """
-    if utils.RANK > 0:
-        return
-    data, rows, name = loader.data, read_log(folder), folder.resolve().name
-    classes = [*map(utils.printable, data.classes)]
-    network = f"{utils.printable(name)}, after epoch {rows[-1]['epoch']:.0f}"
+    rows, name = read_log(folder), folder.resolve().name
+    classes = [*map(escape_unprintable, data.classes)]
+    network = f"{escape_unprintable(name)}, after epoch {rows[-1]['epoch']:.0f}"
     curves({name: rows}, folder / "curves.png")
     confusion(utils.confusion_matrix(logits, data.test_labels), classes, network, folder / "confusion.png")
     mistakes(data.test_images, data.test_labels, logits, classes, network, folder / "mistakes.png")
     print(f"curves.png, confusion.png and mistakes.png are in {folder}")
 
 
-def read_log(folder):
-    """The rows of a run's log.csv, each a dict from the column's name to a float. Raises UserError."""
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's log.csv, each by the column's name. Raise UserError if it is missing or no log."""
     try:
         with open(folder / "log.csv", newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         if rows and rows[0].keys() >= {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}:
             return rows
     except FileNotFoundError:
-        raise utils.UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
+        raise UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
     except (ValueError, TypeError):  # no number, or a row with too few or too many of them
         pass
-    raise utils.UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
+    raise UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
 
 
-def curves(logs, path):
-    """Draws accuracy, loss and learning rate by epoch. logs: a dict from each run's name to its log's rows."""
+def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Draw accuracy, loss and learning rate by epoch. logs: the rows of each run's log, by the run's name."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for (name, rows), color in zip(logs.items(), COLORS, strict=False):
@@ -67,7 +70,7 @@ def curves(logs, path):
         for axis, what in zip(axes, ("accuracy", "loss"), strict=False):
             axis.plot(column["epoch"], column[f"test_{what}"], **style)
             axis.plot(column["epoch"], column[f"train_{what}"], ":", **style, linewidth=1, markersize=3)
-        axes[2].plot(column["epoch"], column["lr"], **style, label=utils.printable(name))
+        axes[2].plot(column["epoch"], column["lr"], **style, label=escape_unprintable(name))
     axes[0].set(title="accuracy in percent", xlabel="epoch")
     axes[1].set(title="loss", xlabel="epoch", ylim=(0, None))
     axes[2].set(title="learning rate", xlabel="epoch")
@@ -86,8 +89,8 @@ def curves(logs, path):
     save(figure, path)
 
 
-def confusion(matrix, classes, network, path):
-    """Draws a `utils.confusion_matrix`, in percent of each row; the diagonal has the accuracy of each class."""
+def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path) -> None:
+    """Draw a `utils.confusion_matrix`, in percent of each row; the diagonal has the accuracy of each class."""
     percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
     mistaken = np.ma.masked_array(percent, mask=np.eye(len(classes), dtype=bool))
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
@@ -106,8 +109,10 @@ def confusion(matrix, classes, network, path):
     save(figure, path)
 
 
-def mistakes(images, labels, logits, classes, network, path):
-    """Draws up to 20 images, of a uint8 tensor (N, 3, 32, 32), that are taken for the wrong class most confidently."""
+def mistakes(
+    images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, classes: list[str], network: str, path: Path
+) -> None:
+    """Draw up to 20 images, of uint8 (N, 3, 32, 32), that are predicted as the wrong class most confidently."""
     confidence, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
@@ -124,25 +129,25 @@ def mistakes(images, labels, logits, classes, network, path):
     save(figure, path)
 
 
-def save(figure, path):
-    """Writes the picture whole, in the format of the path's suffix. Raises UserError."""
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture whole, in the format of the path's suffix. Raise UserError if it cannot be written."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class's name may have letters that the font lacks
         figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
-    utils.write_whole(path, content.getbuffer())
+    write_atomically(path, content.getbuffer())
 
 
-def picture(name):
-    """The path of a picture that a command line asks for."""
+def picture(name: str) -> Path:
+    """Return the path of a picture that a command line asks for."""
     path = Path(name)
     if path.suffix.removeprefix(".") not in FigureCanvasBase.filetypes:
         raise argparse.ArgumentTypeError(f"{name!r} has no suffix of a picture, such as .png or .svg")
     return path
 
 
-def main():
-    parser = utils.CommandLine(__doc__)
+def main() -> None:
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
     add("--output", type=picture, metavar="FILE", help="for several runs (default: comparison.png)")
@@ -164,17 +169,18 @@ def main():
         parser.error("--output is for several runs; the pictures of one go into its folder")
     (folder,) = args.runs
     read_log(folder)  # whatever is missing is said before the data is read
-    device = utils.choose_device(args.device)
+    device = choose_device(args.device)
     classifier = load_classifier(folder / "last.pt", device)
     if classifier.data == "class folders" and not Path(args.data).exists():
         parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
-    data = utils.load_data("synthetic" if classifier.data == "synthetic" else args.data)
-    if data.fingerprint() != utils.read_checkpoint(folder / "last.pt")["recipe"]["data"]:
-        raise utils.UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
+    data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
+    if data.fingerprint() != read_checkpoint(folder / "last.pt")["recipe"]["data"]:
+        raise UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
-    loader = utils.Loader(data, "test", utils.TEST_BATCH_SIZE, mean=mean, std=std, device=device, dtype=torch.float32)
-    draw(folder, utils.predict(classifier.network, loader), loader)
+    normalised = {"mean": mean, "std": std, "device": device, "dtype": torch.float32}
+    loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **normalised)
+    draw(folder, utils.predict(classifier.network, loader), data)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 import models
-import utils
+from harness.data import find_images, read_image
+from harness.devices import choose_device
+from harness.files import read_checkpoint
+from harness.terminal import CommandLine, UserError, run
 
 
 class Classifier(nn.Module):
@@ -27,7 +30,7 @@ class Classifier(nn.Module):
     accuracy: float, in percent on the test images, after that epoch.
     """
 
-    def __init__(self, network, checkpoint):
+    def __init__(self, network: nn.Module, checkpoint: dict):
         super().__init__()
         self.network = network
         self.classes, self.data = checkpoint["classes"], checkpoint["data"]
@@ -35,36 +38,36 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(checkpoint["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(checkpoint["std"]).view(3, 1, 1))
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network((images / 255 - self.mean) / self.std).float()
 
 
-def load_classifier(path, device="cpu"):
-    """The Classifier of a checkpoint, `best.pt` or `last.pt`, ready to use (in evaluation mode, without gradients).
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """Return the Classifier of a checkpoint, `best.pt` or `last.pt`, in evaluation mode and without gradients.
 
     Raises UserError if the file is missing, damaged, or of a network that is not in models/.
     """
     path = Path(path)
-    checkpoint = utils.read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     name = checkpoint["model"]
     if name not in models.__all__:
-        raise utils.UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
+        raise UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
     try:
         network = getattr(models, name)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
         classifier = Classifier(network, checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError):  # what another version of the network had
-        raise utils.UserError(f"{path} holds another {name} than models/ has now") from None
+        raise UserError(f"{path} holds another {name} than models/ has now") from None
     return classifier.eval().requires_grad_(False).to(device)
 
 
-def read_picture(path):
-    """A picture of any size as uint8 of shape (3, 32, 32). Raises UserError if it cannot be read."""
-    return torch.from_numpy(utils.read_image(path, resize=True).transpose(2, 0, 1).copy())
+def read_picture(path: str | Path) -> torch.Tensor:
+    """Return a picture of any size as uint8 of shape (3, 32, 32). Raise UserError if it cannot be read."""
+    return torch.from_numpy(read_image(path, resize=True).transpose(2, 0, 1).copy())
 
 
-def main():
-    parser = utils.CommandLine(__doc__)
+def main() -> None:
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("pictures", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
     add("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
@@ -72,9 +75,9 @@ def main():
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
-    device = utils.choose_device(args.device)
+    device = choose_device(args.device)
     classifier = load_classifier(args.checkpoint, device)
-    paths = [path for given in args.pictures for path in (utils.images_under(given) if given.is_dir() else [given])]
+    paths = [path for given in args.pictures for path in (find_images(given) if given.is_dir() else [given])]
     pictures = torch.stack([read_picture(path) for path in paths])
     probabilities = torch.cat([classifier(batch.to(device)).softmax(1).cpu() for batch in pictures.split(500)])
     values, indices = probabilities.topk(min(3, len(classifier.classes)))
@@ -103,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -10,18 +10,22 @@ It can be ended and started again at any time: finished rows are not run again, 
 a finished row goes into results/mine, and is compared with those of other machines, in the folders beside it.
 """
 
+import argparse
 import json
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import plot
-import utils
+from harness.command_line import positive_int
+from harness.files import write_atomically
+from harness.terminal import CommandLine, UserError, handle_signals, run
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
@@ -71,13 +75,13 @@ class Job(NamedTuple):
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
 
-    def epochs(self):
-        """The seconds of each epoch that is done."""
+    def epoch_seconds(self) -> list[float]:
+        """Return the seconds of each epoch that is done."""
         return [row["seconds"] for row in plot.read_log(self.folder)] if (self.folder / "log.csv").exists() else []
 
 
-def run(job, args, later):
-    """Runs the job to its end; each of its epochs is printed with the time left. Raises UserError if it fails."""
+def run_job(job: Job, args: argparse.Namespace, later: list[Job]) -> None:
+    """Run the job to its end; each of its epochs is printed with the time left. Raises UserError if it fails."""
     script, *flags = ROWS[job.name].command.removesuffix(" --resume").split()
     flags += ["--seed", job.seed, "--data", args.data, "--device", args.device]
     flags += ["--checkpoints", job.folder.parent, "--resume"]
@@ -96,14 +100,14 @@ def run(job, args, later):
         process.wait()
         raise
     if process.wait():
-        raise utils.UserError(f"{job} ended with exit status {process.returncode}; its own error says why")
+        raise UserError(f"{job} ended with exit status {process.returncode}; its own error says why")
     job.record.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_whole(job.record, (job.folder / "run.json").read_bytes())
+    write_atomically(job.record, (job.folder / "run.json").read_bytes())
 
 
-def time_left(job, epochs, later):
-    """How long so many epochs of this job, and the later jobs, will take, by its epochs so far and other records."""
-    seconds_per_epoch = statistics.median(job.epochs())
+def time_left(job: Job, epochs: int, later: list[Job]) -> str:
+    """Return how long `epochs` more of this job and the later jobs take, by its epochs so far and by records."""
+    seconds_per_epoch = statistics.median(job.epoch_seconds())
     own = seconds_per_epoch * epochs
     if not later:
         return f"{minutes(own)} left"
@@ -119,17 +123,18 @@ def time_left(job, epochs, later):
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
-def minutes(seconds):
+def minutes(seconds: float) -> str:
+    """Return a duration as text, in the unit that fits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def read_records(mine=None):
-    """The records by machine, a folder of results/ each, or `mine`, and in it by row: lists with one a seed."""
+def read_records(own_folder: Path | None = None) -> dict[str, dict[str, list[dict]]]:
+    """Return the records by machine, a folder of results/ or `own_folder`, then by row, one for each seed."""
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
-    if mine and mine.resolve() not in folders:
-        folders.append(mine)
+    if own_folder and own_folder.resolve() not in folders:
+        folders.append(own_folder)
     machines = {}
     for folder in folders:
         rows = machines.setdefault(folder.name if folder.parent == RESULTS else str(folder), {})
@@ -140,16 +145,16 @@ def read_records(mine=None):
     return machines
 
 
-def summary(records, key="accuracy"):
-    """The accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n."""
+def summary(records: list[dict], key: str = "accuracy") -> str:
+    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n."""
     values = [record[key] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (n = {len(values)})"
 
 
-def comparison(names, machines):
-    """A table for the terminal: the accuracy of the last epoch, in percent, on each machine."""
+def comparison(names: Iterable[str], machines: dict[str, dict[str, list[dict]]]) -> str:
+    """Return a table for the terminal: the accuracy of the last epoch, in percent, on each machine."""
     lines = [["row", "to reach", *machines]]
     for name in names:
         cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
@@ -158,8 +163,8 @@ def comparison(names, machines):
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def results_table(machines):
-    """The README's table of results, in Markdown."""
+def results_table(machines: dict[str, dict[str, list[dict]]]) -> str:
+    """Return the README's table of results, in Markdown."""
     lines = [
         "| command | to reach | last epoch | best epoch | epochs | time | machine |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -179,8 +184,8 @@ def results_table(machines):
     return "\n".join(lines)
 
 
-def by_class_table(machines):
-    """The README's table of r3's accuracy by class, in Markdown."""
+def by_class_table(machines: dict[str, dict[str, list[dict]]]) -> str:
+    """Return the README's table of r3's accuracy by class, in Markdown."""
     lines = ["| | " + " | ".join(R3_BY_CLASS) + " |", "| --- |" + " --- |" * len(R3_BY_CLASS)]
     lines.append("| to reach | " + " | ".join(f"{value:.1f}" for value in R3_BY_CLASS.values()) + " |")
     for machine, rows in machines.items():
@@ -189,23 +194,23 @@ def by_class_table(machines):
     return "\n".join(lines)
 
 
-def readme(text, machines):
-    """The README's text with its tables written anew, each between two comments. UserError if they are not there."""
+def readme(text: str, machines: dict[str, dict[str, list[dict]]]) -> str:
+    """Return the README with its tables written anew, each between two comments. Raise UserError without these."""
     for name, table in (("results", results_table(machines)), ("r3 by class", by_class_table(machines))):
         begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, found_too, after = rest.partition(end)
         if not (found and found_too):
-            raise utils.UserError(f"README.md has no place for the table {name!r}")
+            raise UserError(f"README.md has no place for the table {name!r}")
         text = before + begin + table + end + after
     return text
 
 
-def write_readme():
-    """Writes the README's tables, and each machine's pictures into its folder of results/."""
+def write_readme() -> None:
+    """Write the README's tables, and each machine's pictures into its folder of results/."""
     machines = read_records()
     path = ROOT / "README.md"
-    utils.write_whole(path, readme(path.read_text(), machines).encode())
+    write_atomically(path, readme(path.read_text(), machines).encode())
     for machine, rows in machines.items():
         first = {name: rows[name][0] for name in ROWS if name in rows}
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
@@ -216,11 +221,11 @@ def write_readme():
         plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
 
 
-def main():
-    parser = utils.CommandLine(__doc__)
+def main() -> None:
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"of {', '.join(ROWS)}")
-    add("--seeds", type=utils.positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1")
+    add("--seeds", type=positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1")
     add("--list", action="store_true", help="only show the rows")
     add("--readme", action="store_true", help="only write the README's tables and pictures anew")
     add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
@@ -232,22 +237,22 @@ def main():
     if args.readme:
         write_readme()
         return
-    synthetic = "-synthetic" * (args.data == "synthetic")
+    synthetic = "-synthetic" if args.data == "synthetic" else ""
     results = args.results.with_name(args.results.name + synthetic)
     jobs = []
     for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
         for seed in range(args.seeds):
             folder = args.checkpoints / f"{ROWS[name].after or name}-seed{seed}" / (ROWS[name].run + synthetic)
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
-    utils.handle_signals("; the same command goes on")
+    handle_signals("; the same command goes on")
     for i, job in enumerate(jobs):
-        done = len(job.epochs())
+        done = len(job.epoch_seconds())
         state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
         if not args.list and not job.record.exists():
-            run(job, args, [other for other in jobs[i + 1 :] if not other.record.exists()])
+            run_job(job, args, [other for other in jobs[i + 1 :] if not other.record.exists()])
     print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

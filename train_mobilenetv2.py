@@ -27,25 +27,23 @@ def main():
     args = parser.parse_args()
 
     device = utils.set_up(args)
-    train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
     torch.manual_seed(args.seed)
-    model = MobileNetV2(num_classes=len(train_loader.classes)).to(device)
+    model = MobileNetV2(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
     scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
-    scaler = torch.amp.GradScaler(device.type, enabled=train_loader.dtype == torch.float16)
-    train_step = utils.TrainStep(model, criterion, optimizer, scaler)
+    train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype)
 
-    checkpoints = utils.Checkpoints(args, train_loader, model, optimizer, scaler, scheduler)
-    first_epoch = checkpoints.start()  # 1, or the one that --resume goes on with
-    for epoch in range(first_epoch, args.epochs + 1):
+    checkpoints = utils.Checkpoints(args, data, train_loader, train_step, scheduler)
+    for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
-    utils.finish(checkpoints, model, test_loader)
+    utils.finish(checkpoints, data, model, test_loader)
 
 
 if __name__ == "__main__":

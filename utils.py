@@ -1,159 +1,109 @@
-# ruff: noqa: F401, F811, RUF100 -- names that move to harness/ stay importable from here until all have moved
-"""What the training scripts share, in the order in which a run meets it:
-errors, the command line, data, the loader, one epoch of training and of testing, per-class accuracy, checkpoints."""
+"""What the training scripts share, in the order of a run: set up, data, schedule, train, test, per-class accuracy.
+
+What no experiment changes stands behind it, one noun a room, in harness/.
+"""
 
 import argparse
-import csv
-import ctypes
-import hashlib
-import http.client
-import importlib.util
-import io
-import json
-import math
-import os
-import platform
-import queue
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-import threading
-import time
-import urllib.request
-import warnings
-import zipfile
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
-from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import make_dataset
-from torchvision.datasets.utils import check_integrity
 
-from harness.checkpoints import PRINTED, Checkpoints, commit, record_text
-from harness.command_line import ArgumentParser, positive_float, positive_int
-from harness.data import Data, images_under, list_images, load_data, read_class_folders, read_image, read_original
-from harness.devices import (
-    DTYPES,
-    autocast,
-    choose_device,
-    choose_precision,
-    device_name,
-    keep_freed_memory,
-    peak_memory,
-    precision_of,
-)
-from harness.download import (
-    CIFAR10_SHA256,
-    CIFAR10_SIZE,
-    CIFAR10_SOURCES,
-    CONNECT_SECONDS,
-    FAIR_SECONDS,
-    JUDGE_SECONDS,
-    REPORT_SECONDS,
-    STALL_SECONDS,
-    Slow,
-    Unusable,
-    answer,
-    download,
-    fetch,
-    host,
-    prepare,
-    size_of,
-    unpack,
-)
-from harness.files import Damaged, read_checkpoint, sha256_of, write_checkpoint, write_whole
+from harness.checkpoints import Checkpoints
+from harness.command_line import ArgumentParser
+from harness.data import Data, load_data
+from harness.devices import DTYPES, autocast, choose_device, choose_precision, keep_freed_memory
 from harness.loader import Loader, epoch_seed
-from harness.processes import RANK, WORLD_SIZE, attempt, join_processes, summed
-from harness.synthetic import SHAPES, make_synthetic
-from harness.terminal import CommandLine, Interrupted, UserError, end, handle_signals, printable, progress_bar, run
+from harness.processes import (
+    LOCAL_RANK,
+    RANK,
+    WORLD_SIZE,
+    add_over_processes,
+    broadcast_buffers,
+    join_processes,
+)
+from harness.terminal import UserError, run
 from harness.training import Meter, TrainStep
 
-# ---------------------------------------------------------------------------------------------------- loader
-
+__all__ = ["ArgumentParser", "Checkpoints", "TrainStep", "UserError", "run"]  # of harness/, for the scripts
 
 TEST_BATCH_SIZE = 500
 
 
-def set_up(args):
-    """Joins the processes that torchrun has started, if it has; returns the torch.device that this one trains on.
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Join the processes that torchrun has started, if any; return the device that this one trains on.
 
-    Raises UserError if the machine has no such device, or too few.
+    Raises UserError if the machine has no such device, or fewer GPUs than processes.
     """
     keep_freed_memory()
     device = choose_device(args.device)
     if WORLD_SIZE > 1:
         if device.type == "cuda":
-            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            device = choose_device(f"cuda:{LOCAL_RANK}")
         join_processes(device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # where CUDA graphs are captured
     return device
 
 
-def dataloaders(args, device, mean, std, flip=False, crop=False, cutout=0):
-    """The training and the test Loader of `args.data`; the last three augment the training images. Raises UserError.
+def dataloaders(
+    args: argparse.Namespace,
+    device: torch.device,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    flip: bool = False,
+    crop: bool = False,
+    cutout: int = 0,
+) -> tuple[Data, Loader, Loader]:
+    """Load `args.data`; return the dataset, its training loader and its test loader.
 
-    mean, std: of the channels of an image with values from 0 to 1; flip, crop, cutout: see Loader.
+    mean, std: of the channels of an image with values from 0 to 1. flip, crop, cutout: how training images are
+    augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)
     common = {"mean": mean, "std": std, "device": device, "dtype": DTYPES[precision]}
-    train_loader = Loader(data, "train", args.batch_size, seed=args.seed, flip=flip, crop=crop, cutout=cutout, **common)
-    test_loader = Loader(data, "test", TEST_BATCH_SIZE, **common)
+    augmentation = {"training": True, "seed": args.seed, "flip": flip, "crop": crop, "cutout": cutout}
+    train_loader = Loader(data.train_images, data.train_labels, args.batch_size, **augmentation, **common)
+    test_loader = Loader(data.test_images, data.test_labels, TEST_BATCH_SIZE, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
     print(f"{images} of {len(data.classes)} classes ({data.source}), on {device} in {precision}", flush=True)
-    return train_loader, test_loader
+    return data, train_loader, test_loader
 
 
-# ------------------------------------------------------------------------------------------ train and test
+def triangular_schedule(
+    optimizer: torch.optim.Optimizer, epochs: int, peak: float
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a scheduler, stepped after each epoch, whose rate rises in a line to the optimizer's own and falls to 0.
 
-
-def triangular_schedule(optimizer, epochs, peak):
-    """A scheduler, stepped after each epoch: the rate rises in a line to the optimizer's own, and falls in one to 0.
-
-    peak: where in the run it is highest, from 0 to 1. An epoch has the rate of its middle.
+    peak: where in the run the rate is highest, from 0 to 1. An epoch has the rate of its middle.
     """
     corners = [0, peak * epochs, epochs], [0, 1, 0]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(np.interp(epoch + 0.5, *corners)))
 
 
-def train(step, loader, epoch):
-    """Trains for one epoch; returns the mean loss and the accuracy in percent over its images, as it went.
+def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, float]:
+    """Train for one epoch; return the mean loss and the accuracy in percent, while the network learns.
 
-    Raises UserError once the loss is no longer finite.
+    Raises UserError if a loss is not finite.
     """
-    step.model.train()
+    train_step.model.train()
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout
-    with Meter(f"Train epoch:{epoch}", loader) as meter:
+    with Meter(f"Train epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
         for (images, labels), weight in zip(loader, loader.weights, strict=True):
-            loss, logits = step(images, labels, weight)
+            loss, logits = train_step(images, labels, weight)
             meter.update(loss, logits, labels)
-        total = meter.total()
-    if WORLD_SIZE > 1:  # batch-norm's statistics: from here on, the first process's are everybody's
-        for buffer in step.model.buffers():
-            dist.broadcast(buffer, 0)
-    return total
+        metrics = meter.total()
+    broadcast_buffers(train_step.model)
+    return metrics
 
 
 @torch.inference_mode()
-def test(model, loader, criterion, epoch):
-    """Tests `model`; returns the mean loss and the accuracy in percent. Raises UserError if the loss is not finite."""
+def test(model: nn.Module, loader: Loader, criterion: nn.Module, epoch: int) -> tuple[float, float]:
+    """Test the network; return the mean loss and the accuracy in percent. Raise UserError if a loss is not finite."""
     model.eval()
-    with Meter(f"test epoch:{epoch}", loader) as meter:
+    with Meter(f"test epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
         for images, labels in loader:
             with autocast(images):
                 logits = model(images)
@@ -163,40 +113,40 @@ def test(model, loader, criterion, epoch):
 
 
 @torch.inference_mode()
-def predict(model, loader):
-    """The logits of a test loader's images, float32 of shape (N, classes) on the CPU; in every process all of them."""
+def predict(model: nn.Module, loader: Loader) -> torch.Tensor:
+    """Return the logits of a test loader's images, in their order: float32 of shape (N, classes), on the CPU."""
     model.eval()
-    mine = []
+    own_logits = []  # of this process's images
     for images, _ in loader:
         with autocast(images):
-            mine.append(model(images).float())
-    logits = torch.zeros(len(loader.labels), len(loader.classes), device=loader.device)
-    logits[loader.mine.to(loader.device)] = torch.cat(mine)
-    if WORLD_SIZE > 1:
-        dist.all_reduce(logits)  # each image's are those of one process, and zero in the others
+            own_logits.append(model(images).float())
+    own_logits = torch.cat(own_logits)
+    logits = torch.zeros(len(loader.labels), own_logits.shape[1], device=loader.device)
+    logits[loader.positions.to(loader.device)] = own_logits
+    add_over_processes(logits)  # an image's logits come from one process and are zero in the others
     return logits.cpu()
 
 
-def confusion_matrix(logits, labels):
-    """How many images of each class (row) are taken for each class (column): int64 of shape (classes, classes)."""
+def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return how many images of each class (row) are predicted as each class (column): int64, (classes, classes).
+
+    logits: of shape (N, classes); labels: int64 of shape (N,).
+    """
     classes = logits.shape[1]
     return torch.bincount(classes * labels + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def per_class_accuracy(confusion):
-    """Of each class, how many percent of its images are taken for it: float64 of shape (classes,)."""
+def per_class_accuracy(confusion: torch.Tensor) -> torch.Tensor:
+    """Return how many percent of each class's images are predicted as it: float64 of shape (classes,)."""
     return 100 * confusion.diagonal().double() / confusion.sum(1)
 
 
-def finish(checkpoints, model, test_loader):
-    """Prints the accuracy by class, writes the run's record and draws its pictures, the latter not after --evaluate."""
+def finish(checkpoints: Checkpoints, data: Data, model: nn.Module, test_loader: Loader) -> None:
+    """Print the accuracy by class; after training, write the run's record and draw its pictures."""
     logits = predict(model, test_loader)
     confusion = confusion_matrix(logits, test_loader.labels.cpu())
     checkpoints.finish(confusion, per_class_accuracy(confusion))
-    if not checkpoints.args.evaluate:
+    if RANK == 0 and not checkpoints.args.evaluate:
         import plot  # and with it matplotlib, which would make every start slower
 
-        plot.draw(checkpoints.folder, logits, test_loader)
-
-
-# ----------------------------------------------------------------------------------------------- checkpoints
+        plot.draw(checkpoints.folder, logits, data)

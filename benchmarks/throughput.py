@@ -47,6 +47,11 @@ sys.path.insert(0, str(ROOT))
 import mean_and_std  # noqa: E402
 import plot  # noqa: E402
 import utils  # noqa: E402
+from harness import devices  # noqa: E402
+from harness.command_line import positive_int  # noqa: E402
+from harness.data import load_data  # noqa: E402
+from harness.loader import Loader  # noqa: E402
+from harness.terminal import CommandLine, UserError, run  # noqa: E402
 from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 
 NETWORKS = {  # name: network, batch size and precision of the script, images of a round on a CPU
@@ -123,15 +128,15 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     """The same with the scripts' functions; with `limit` on a batch that lies on the device."""
     data = data._replace(train_images=data.train_images[:images], train_labels=data.train_labels[:images])
     data = data._replace(test_images=data.test_images[:images], test_labels=data.test_labels[:images])
-    dtype = utils.DTYPES[utils.choose_precision(precision, device)]
-    kind = {"flip": True, "crop": True} if training else {}
-    size = batch_size if training else utils.TEST_BATCH_SIZE
-    loader = utils.Loader(
-        data, "train" if training else "test", size, mean=MEAN, std=STD, device=device, dtype=dtype, **kind
-    )
+    dtype = devices.DTYPES[devices.choose_precision(precision, device)]
+    common = {"mean": MEAN, "std": STD, "device": device, "dtype": dtype}
+    if training:
+        augmentation = {"training": True, "flip": True, "crop": True}
+        loader = Loader(data.train_images, data.train_labels, batch_size, **augmentation, **common)
+    else:
+        loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **common)
     model, criterion = make().to(device), nn.CrossEntropyLoss()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step = utils.TrainStep(model, criterion, sgd(model, fused=True), scaler)
+    step = utils.TrainStep(model, criterion, sgd(model, fused=True), dtype)
     if compiled:
         step.forward = torch.compile(model)
     batch = next(iter(loader))
@@ -145,7 +150,7 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
             if training:
                 step(*batch)
             else:
-                with torch.inference_mode(), utils.autocast(batch[0]):
+                with torch.inference_mode(), devices.autocast(batch[0]):
                     criterion(model(batch[0]), batch[1])
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -248,7 +253,7 @@ def serve(pipe, name, kind, candidate, data, device):
     """A candidate's process: a round each time it is asked, answered by images per second and peak memory in MB."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's own affair
     if candidate != "baseline":
-        utils.keep_freed_memory()
+        devices.keep_freed_memory()
     run = candidates(name, kind)[candidate](data, device)
     run()  # warms up
     with contextlib.suppress(EOFError):  # the benchmark was ended
@@ -256,7 +261,7 @@ def serve(pipe, name, kind, candidate, data, device):
             begin = time.perf_counter()
             done = run()
             seconds = time.perf_counter() - begin
-            peak = utils.peak_memory(device)
+            peak = devices.peak_memory(device)
             pipe.send((done / seconds, peak.get("resident", 0), peak.get("cuda", 0)))
 
 
@@ -281,7 +286,7 @@ def measure(name, kind, data, device, rounds, compiled):
                 pipe.send(True)
                 results[candidate].append(pipe.recv())
             except (EOFError, BrokenPipeError):
-                raise utils.UserError(f"{name}: the process of {candidate} has ended, or the memory has") from None
+                raise UserError(f"{name}: the process of {candidate} has ended, or the memory has") from None
             if candidate == "baseline":
                 time.sleep(1)  # in which its workers fill their queues, or they would slow down the next candidate
     for pipe in pipes.values():
@@ -293,9 +298,10 @@ def measure(name, kind, data, device, rounds, compiled):
 
 START = """
 import json, os, runpy, sys, time, utils
+from harness.devices import peak_memory
 
 def first_step(self, images, *rest):
-    print(json.dumps([time.time(), utils.peak_memory(images.device)]), flush=True)
+    print(json.dumps([time.time(), peak_memory(images.device)]), flush=True)
     os._exit(0)
 
 utils.TrainStep.__call__ = first_step
@@ -336,16 +342,16 @@ def images_per_second(how, name):
 
 
 def main():
-    parser = utils.CommandLine(__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="as for the scripts (default: data)")
     parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start", "processes"], metavar="NAME")
-    parser.add_argument("--rounds", type=utils.positive_int, default=5, metavar="N", help="(default: 5)")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: 5)")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile instead")
     parser.add_argument("--profile", action="store_true", help="only show where the time of training goes")
     args = parser.parse_args()
-    device, data = utils.choose_device(args.device), utils.load_data(args.data)
-    print(f"torch {torch.__version__}, {utils.device_name(device)}; {data.source}", flush=True)
+    device, data = devices.choose_device(args.device), load_data(args.data)
+    print(f"torch {torch.__version__}, {devices.device_name(device)}; {data.source}", flush=True)
     if args.profile:
         for name in filter(NETWORKS.get, args.only or NETWORKS):
             profile(name, data, device)
@@ -378,11 +384,11 @@ def main():
                     ratios.append(f"ratio {title.replace(' ', '-')} {one}/{other} {rates[one] / rates[other]:.2f}")
             if title in NETWORKS and not args.compile:
                 make, _, precision, _ = NETWORKS[title]
-                dtype = utils.DTYPES[utils.choose_precision(precision, device)]
+                dtype = devices.DTYPES[devices.choose_precision(precision, device)]
                 share = rates["ours"] * operations(make) / most_operations(device, dtype)
                 ratios.append(f"ratio {title} share {share:.2f}")
     print("\n".join(ratios))
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

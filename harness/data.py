@@ -1,9 +1,10 @@
-"""A dataset in memory: the original's files, class folders, the built-in images; and one image file."""
+"""A dataset in memory, from the original's files, class folders or the built-in images; and one image file."""
 
 import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from harness.download import (
-    CIFAR10_SHA256,
-    CIFAR10_SIZE,
-    CIFAR10_SOURCES,
-    prepare,
-)
+from harness.download import CIFAR10_MIRRORS, CIFAR10_SHA256, CIFAR10_SIZE, provide_folder
 from harness.synthetic import make_synthetic
 from harness.terminal import UserError, progress_bar
 
@@ -34,18 +30,18 @@ class Data(NamedTuple):
     classes: list[str]  # in the order of the labels
     source: str  # "CIFAR-10 archive", "class folders" or "synthetic"
 
-    def fingerprint(self):
-        """SHA-256 over every image, label and class name, in order: 64 hexadecimal digits."""
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over every image, label and class name, in order: 64 hexadecimal digits."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for tensor in self[:4]:
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
 
 
-def load_data(name):
-    """What lies in the folder `name`, or the built-in images where `name` is "synthetic". Raises UserError.
+def load_data(name: str) -> Data:
+    """Load what lies in the folder `name`, or the built-in images if `name` is "synthetic". Raise UserError.
 
-    Where there is nothing, CIFAR-10 is downloaded.
+    If there is neither the original nor class folders, CIFAR-10 is downloaded into the folder.
     """
     if name == "synthetic":
         return Data(*make_synthetic(), "synthetic")
@@ -60,15 +56,21 @@ def load_data(name):
     return read_original(root)
 
 
-def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR10_SHA256, dataset=CIFAR10):
-    """CIFAR-10 as its authors publish it: `cifar-10-batches-py`, downloaded and unpacked first where need be.
+def read_original(
+    root: Path,
+    mirrors: Sequence[str] = CIFAR10_MIRRORS,
+    size: int = CIFAR10_SIZE,
+    sha256: str = CIFAR10_SHA256,
+    dataset: type[CIFAR10] = CIFAR10,
+) -> Data:
+    """Load CIFAR-10 as its authors publish it, `cifar-10-batches-py`, downloaded and unpacked first if need be.
 
-    The archive is unpacked only if its SHA-256 is `sha256`, and its members are unpickled only if each one's MD5 is
-    the one that `dataset`, torchvision's class, lists. Raises UserError where one is not.
+    The archive is unpacked only if its SHA-256 is `sha256`, and a member is unpickled only if its MD5 is the one that
+    `dataset`, torchvision's class, lists. Raises UserError otherwise.
     """
     folder, archive = root / dataset.base_folder, root / dataset.filename
     if not folder.is_dir():
-        prepare(folder, archive, sources, size, sha256)
+        provide_folder(folder, archive, mirrors, size, sha256)
     for member, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
         if not check_integrity(folder / member, md5):
             raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
@@ -78,10 +80,10 @@ def read_original(root, sources=CIFAR10_SOURCES, size=CIFAR10_SIZE, sha256=CIFAR
     return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
 
 
-def read_class_folders(root):
-    """Images in `train/<class>/` and `test/<class>/`, as torchvision's ImageFolder finds them, classes by name.
+def read_class_folders(root: Path) -> Data:
+    """Load the images in `train/<class>/` and `test/<class>/`, as torchvision's ImageFolder finds them.
 
-    Every file that Pillow has a format for is read, hidden ones apart, and must be 32x32; grey and palette images
+    Every file that Pillow has a format for is read, except hidden ones, and must be 32x32; grey and palette images
     become RGB. Raises UserError, which names the folder or file, for anything else.
     """
     files = {split: list_images(root / split) for split in ("train", "test")}
@@ -102,19 +104,22 @@ def read_class_folders(root):
     return Data(*tensors, classes, "class folders")
 
 
-def list_images(folder):
-    """A dict from each class folder's name to the paths of the images under it."""
+def list_images(folder: Path) -> dict[str, list[str]]:
+    """Return the paths of the images under each class folder, by the folder's name."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; class folders lie in train/<class>/ and test/<class>/")
     images = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            images[path.name] = images_under(path)
+            images[path.name] = find_images(path)
     return images
 
 
-def images_under(folder):
-    """The paths of the files, at any depth, that Pillow has a format for, hidden ones apart. UserError without any."""
+def find_images(folder: Path) -> list[str]:
+    """Return the paths of the files under `folder` that Pillow has a format for, except hidden ones.
+
+    Raises UserError if there is none.
+    """
     Image.init()
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
     found = make_dataset(folder.parent, {folder.name: 0}, extensions=extensions, allow_empty=True)
@@ -124,10 +129,10 @@ def images_under(folder):
     return images
 
 
-def read_image(path, resize=False):
-    """The image's pixels, an array of shape (32, 32, 3). Raises UserError if it is no whole image of 8 bits a channel.
+def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
+    """Return an image's pixels, uint8 of shape (32, 32, 3). Raise UserError if it is no image of 8 bits a channel.
 
-    One of another size is refused, or with `resize` all of it is averaged over boxes.
+    An image of another size is refused, or with `resize` averaged over boxes, all of it, whatever its shape.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
@@ -137,7 +142,7 @@ def read_image(path, resize=False):
             if image.mode[0] in "IF":  # 16 and 32 bits a pixel, which convert() would clip to white
                 raise UserError(f"{path} has more than 8 bits a channel; convert it or take it out")
             pixels = image.convert("RGB")
-            if resize:  # the right way up first, as a camera notes it
+            if resize:  # upright first, as the camera noted it
                 pixels = ImageOps.exif_transpose(pixels).resize((32, 32), Image.Resampling.BOX)
             return np.asarray(pixels)
     except UserError:

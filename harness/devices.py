@@ -1,4 +1,4 @@
-"""Devices and precisions, and what a machine is called."""
+"""Devices and precisions; how a machine is named and how much memory a process took."""
 
 import ctypes
 import platform
@@ -13,8 +13,8 @@ from harness.terminal import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name):
-    """The torch.device of that name; "auto" is CUDA, then MPS, then the CPU. UserError if it is not there."""
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is CUDA, then MPS, then the CPU. Raise UserError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -27,8 +27,11 @@ def choose_device(name):
     return device
 
 
-def choose_precision(name, device):
-    """The key of DTYPES; "auto" is bf16 where the device computes it natively, else fp16 on CUDA and fp32 elsewhere."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return a key of DTYPES: "auto" is bf16 where the device computes it, else fp16 on CUDA and fp32 elsewhere.
+
+    Raises UserError for fp16 on the CPU.
+    """
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
     if name != "auto":
@@ -40,21 +43,21 @@ def choose_precision(name, device):
     return "fp32"
 
 
-def precision_of(dtype):
-    """The key of DTYPES."""
+def name_precision(dtype: torch.dtype) -> str:
+    """Return the key of DTYPES that stands for `dtype`."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def autocast(images):
-    """The precision in which a network computes on `images` is the one that they come in."""
+def autocast(images: torch.Tensor) -> torch.autocast:
+    """Return the context in which a network computes in the precision that its images come in."""
     return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
 
 
-def keep_freed_memory():
-    """Has glibc keep the memory that is freed for what is allocated next (mallopt(3)); elsewhere does nothing.
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next allocation (mallopt(3)); do nothing elsewhere.
 
-    By default it gives blocks of 32 MiB and more back to the system, and so each step's large activations lie on fresh
-    pages, which the system clears 4 KiB at a time. That took MobileNetV2 half of its time on a CPU.
+    By default glibc returns blocks of 32 MiB and more to the system. Each step's large activations then lie on fresh
+    pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU.
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt:
@@ -63,7 +66,8 @@ def keep_freed_memory():
         mallopt(m_mmap_max, 0)
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
@@ -73,8 +77,8 @@ def device_name(device):
     return f"{cpu}, MPS" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def peak_memory(device):
-    """The most that this process has held so far, in MB: a dict with "resident", and "cuda" for PyTorch's on a GPU."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the most memory that this process has held, in MB: "resident", and "cuda" for PyTorch's on a GPU."""
     peak = {}
     if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
         status = Path("/proc/self/status").read_text()

@@ -1,33 +1,24 @@
-"""Files that are written whole or not at all, and checkpoint files, which are checked before they are read."""
+"""Files written whole or not at all, checkpoint files, which are checked before they are loaded, and locks."""
 
 import hashlib
 import io
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from harness.terminal import UserError
 
 
-class Damaged(UserError):
-    """A checkpoint that is not whole."""
+class DamagedCheckpoint(UserError):
+    """A checkpoint file that is not whole, or is none."""
 
 
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checkpoint(path, state, keep=None):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(path, buffer.getbuffer(), keep)
-
-
-def write_whole(path, content, keep=None):
-    """Writes the file `path` whole, or leaves what was there; what was there becomes `keep`. Raises UserError."""
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Write the file whole, or leave what was there. What was there becomes `keep`. Raise UserError if it fails."""
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
@@ -48,8 +39,18 @@ def write_whole(path, content, keep=None):
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
 
 
-def read_checkpoint(path):
-    """The dict that `write_checkpoint` wrote, its tensors on the CPU. Raises UserError if it is missing or damaged."""
+def write_checkpoint(path: Path, state: dict, keep: Path | None = None) -> None:
+    """Write a dict of plain values and tensors, for `read_checkpoint`. See `write_atomically`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer(), keep)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Return the dict of a checkpoint file, its tensors on the CPU.
+
+    Raises DamagedCheckpoint if the file is damaged or no checkpoint, UserError if it cannot be read.
+    """
     try:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as file:
@@ -63,6 +64,35 @@ def read_checkpoint(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
-        raise Damaged(
+        raise DamagedCheckpoint(
             f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
         ) from None
+
+
+def read_first_whole(paths: list[Path]) -> tuple[Path, dict]:
+    """Return the first checkpoint that is not damaged, and its path. Raise UserError if there is none."""
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except DamagedCheckpoint as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; taking the one before", flush=True)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Lock a run's folder until the process ends. Raise UserError if another process holds it."""
+    lock, owner = FileLock(folder / ".lock"), folder / ".pid"  # a killed process lets go of a FileLock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = f"process {owner.read_text()}" if owner.exists() else "another process"
+        raise UserError(f"{folder} is in use by {who}; wait for it, or take other --checkpoints") from None
+    owner.write_text(str(os.getpid()))
+    return lock
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file: 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

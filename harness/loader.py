@@ -1,6 +1,7 @@
 """Batches on the device: their order, flips, crops, cutout and normalisation."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -9,91 +10,136 @@ import torch.nn.functional as F
 from harness.processes import RANK, WORLD_SIZE
 from harness.terminal import UserError
 
+SIDE = 32  # pixels
+PADDING = 4  # black pixels around an image, before it is cropped
+PADDED = SIDE + 2 * PADDING
+PIXEL = 3  # bytes: its red, green and blue, which lie together
+ROW = SIDE * PIXEL  # bytes
+
 
 class Loader:
-    """Batches (images, labels) of a split, "train" or "test", that lies on the device as one tensor of `data`'s.
+    """Batches (images, labels) of a dataset that lies on the device, for training (in random order) or for testing.
 
-    Images come normalised, as `dtype`, channels-last, labels as int64; those for training in random order. With `crop`,
-    each image is a random 32x32 window of itself with 4 black pixels around, and with `flip` every second one is
-    mirrored, as torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it. `cutout` greys a square of
-    that side around a random pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with
-    Cutout", 2017). What an epoch draws depends on (seed, epoch) alone: `set_epoch` says which. Each of several
-    processes has its part of every batch.
+    images: uint8 of shape (N, 3, 32, 32); labels: int64 of shape (N,). A batch's images are normalised by `mean` and
+    `std`, of the channels of an image with values from 0 to 1, and come as `dtype`, channels-last.
+
+    `flip` mirrors every second image and `crop` shifts each by up to 4 pixels, as torchvision's RandomHorizontalFlip()
+    and RandomCrop(32, padding=4) do; `cutout` greys a square of that side around a random pixel (DeVries and Taylor,
+    "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). What an epoch draws depends on
+    (seed, epoch) alone; `set_epoch` sets the epoch.
+
+    Raises UserError if there are more processes than images to share.
     """
 
-    def __init__(self, data, split, batch_size, *, mean, std, device, dtype, seed=0, flip=False, crop=False, cutout=0):
-        images, labels = (
-            (data.train_images, data.train_labels) if split == "train" else (data.test_images, data.test_labels)
-        )
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        training: bool = False,
+        seed: int = 0,
+        flip: bool = False,
+        crop: bool = False,
+        cutout: int = 0,
+    ):
         self.images, self.labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
-        self.data, self.classes = data, data.classes
-        self.mean, self.std = list(mean), list(std)
-        self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(32 * 32) for v in (mean, std))
-        self.device, self.dtype = device, dtype
-        self.seed, self.epoch, self.shuffle = seed, 0, split == "train"
+        self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
+        self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
+        self.training, self.seed, self.epoch = training, seed, 0
         self.flip, self.crop, self.cutout = flip, crop, cutout
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
         batches = torch.arange(n).tensor_split(count)
-        shared = len(batches[-1]) if self.shuffle else n  # of each training batch every process has its part
+        # Every process has its share of each batch: in training of an equal size but for one, in testing maybe none.
+        shared = len(batches[-1]) if training else n
         if shared < WORLD_SIZE:
-            raise UserError(f"{WORLD_SIZE} processes cannot share {shared} image{'s' * (shared > 1)} for {split}ing")
+            images, purpose = "1 image" if shared == 1 else f"{shared} images", "training" if training else "testing"
+            raise UserError(f"{WORLD_SIZE} processes cannot share {images} for {purpose}")
         self.smallest_share = shared // WORLD_SIZE
         shares = [(batch.tensor_split(WORLD_SIZE)[RANK], len(batch)) for batch in batches]
-        shares = [(part, size) for part, size in shares if len(part)]
-        self.mine = torch.cat([part for part, _ in shares])  # which images of the epoch are this process's
-        self.batch_sizes = [len(part) for part, _ in shares]
-        # DistributedDataParallel averages over processes; so weighted, that is the average over the images of a batch.
-        self.weights = [WORLD_SIZE * len(part) / size for part, size in shares]
+        shares = [(share, size) for share, size in shares if len(share)]
+        self.positions = torch.cat([share for share, _ in shares])  # in the epoch's order, of this process's images
+        self.batch_sizes = [len(share) for share, _ in shares]
+        # DDP averages over ranks. Weighting each loss by its share of the batch makes that the average over images.
+        self.weights = [WORLD_SIZE * len(share) / size for share, size in shares]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batch_sizes)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which decides the order and the augmentation of the images."""
         self.epoch = epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # Drawn on the CPU, so that every device gets the same.
         n, generator = len(self.labels), torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=generator) if self.training else torch.arange(n)
         flips = torch.randint(2, (n,), generator=generator).bool()
-        rows, columns = torch.randint(9, (2, n), generator=generator)
-        cut_rows, cut_columns = torch.randint(32, (2, n), generator=generator)
+        rows, columns = torch.randint(2 * PADDING + 1, (2, n), generator=generator)
+        cut_rows, cut_columns = torch.randint(SIDE, (2, n), generator=generator)
         draws = (order, flips, rows, columns, cut_rows, cut_columns)
-        draws = [draw[self.mine].to(self.device, non_blocking=True) for draw in draws]
+        draws = [draw[self.positions].to(self.device, non_blocking=True) for draw in draws]
         at_a_time = 512 if self.device.type == "cpu" else 2048  # few enough for a CPU's cache, many enough for a GPU
-        per_chunk, start = math.ceil(at_a_time / self.batch_sizes[0]), 0
-        for first in range(0, len(self), per_chunk):
-            sizes = self.batch_sizes[first : first + per_chunk]
+        batches_at_a_time, start = math.ceil(at_a_time / self.batch_sizes[0]), 0
+        for first in range(0, len(self), batches_at_a_time):
+            sizes = self.batch_sizes[first : first + batches_at_a_time]
             stop = start + sum(sizes)
-            images, labels = self.chunk(*(draw[start:stop] for draw in draws))
+            images, labels = self.prepare(*(draw[start:stop] for draw in draws))
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
             start = stop
 
-    def chunk(self, order, flips, rows, columns, cut_rows, cut_columns):
-        # A row an image, its pixels one after another: what lies together in memory, index_select copies as a whole.
-        # Indexing with a tensor goes byte by byte, and so does torch.where, but for the 8 bytes of an int64.
-        n = len(order)
+    def prepare(self, order, flips, rows, columns, cut_rows, cut_columns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the images and labels at the indices `order`, augmented by these draws, one an image."""
+        # As rows of bytes, an image each: what lies together in memory, index_select copies as a whole, while indexing
+        # with a tensor goes byte by byte.
         images = self.images.permute(0, 2, 3, 1).flatten(1).index_select(0, order)
         if self.crop:
-            padded = F.pad(images.view(n, 32, 96), (12, 12, 4, 4))  # 40x40 pixels an image
-            lines = padded.flatten().unfold(0, 96, 3)  # any 32 pixels in a row, a view
-            corners = torch.arange(0, 1600 * n, 1600, device=self.device) + 40 * rows + columns
-            window = corners[:, None] + torch.arange(0, 1280, 40, device=self.device)
-            images = lines.index_select(0, window.flatten()).view(n, 3072)
+            images = crop(images, rows, columns)
         if self.flip:
-            mirrored = images.view(n, 32, 32, 3).flip(2).flatten(1)
-            images = torch.where(flips[:, None], mirrored.view(torch.int64), images.view(torch.int64)).view(torch.uint8)
+            images = flip(images, flips)
         images = images.float().sub_(self.shift).div_(self.scale).to(self.dtype)
-        images = images.unflatten(1, (32, 32, 3)).permute(0, 3, 1, 2)
+        images = images.unflatten(1, (SIDE, SIDE, PIXEL)).permute(0, 3, 1, 2)
         if self.cutout:
-            pixel, half = torch.arange(32, device=self.device), self.cutout // 2
-            in_row, in_column = ((pixel - c[:, None] + half) // self.cutout == 0 for c in (cut_rows, cut_columns))
-            images.masked_fill_((in_row[:, :, None] & in_column[:, None, :])[:, None], 0)
+            cut_out(images, cut_rows, cut_columns, self.cutout)
         return images, self.labels[order]
 
 
-def epoch_seed(seed, epoch):
-    """A 32-bit seed for the draws of one epoch, all that PyTorch's CPU generator takes."""
+def crop(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return of each image, with black around it, the 32x32 window whose top left corner is (row, column).
+
+    images: uint8 of shape (N, 3072), an image's bytes row by row; rows, columns: int64 of shape (N,), from 0 to 8.
+    """
+    n, device = len(images), images.device
+    padded = F.pad(images.view(n, SIDE, ROW), (PIXEL * PADDING, PIXEL * PADDING, PADDING, PADDING))
+    lines = padded.flatten().unfold(0, ROW, PIXEL)  # any 32 pixels in a row of all images, a view
+    corners = torch.arange(0, PADDED * PADDED * n, PADDED * PADDED, device=device) + PADDED * rows + columns
+    window = corners[:, None] + torch.arange(0, PADDED * SIDE, PADDED, device=device)  # where its lines begin
+    return lines.index_select(0, window.flatten()).view(n, SIDE * ROW)
+
+
+def flip(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Return the images, bytes as in `crop`, mirrored where `flips`, bool of shape (N,), is true."""
+    mirrored = images.view(-1, SIDE, SIDE, PIXEL).flip(2).flatten(1)
+    # torch.where goes value by value: as int64 it takes 8 bytes at a time.
+    return torch.where(flips[:, None], mirrored.view(torch.int64), images.view(torch.int64)).view(torch.uint8)
+
+
+def cut_out(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, side: int) -> None:
+    """Set a square around (row, column) to 0 in each image, the mean's grey, where it lies inside the image.
+
+    images: normalised, of shape (N, 3, 32, 32); rows, columns: int64 of shape (N,), from 0 to 31.
+    """
+    pixels, half = torch.arange(SIDE, device=images.device), side // 2
+    in_row, in_column = ((pixels - centre[:, None] + half) // side == 0 for centre in (rows, columns))
+    images.masked_fill_((in_row[:, :, None] & in_column[:, None, :])[:, None], 0)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return a 32-bit seed for the draws of one epoch, all that PyTorch's CPU generator takes."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])

@@ -1,6 +1,7 @@
-"""The processes that torchrun has started: their number, their group, sums over them."""
+"""The processes that torchrun has started: their ranks, their group, sums and broadcasts over it."""
 
 import datetime
+import io
 import os
 import sys
 import time
@@ -8,49 +9,83 @@ import uuid
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-RANK, WORLD_SIZE = 0, 1
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # torchrun sets them
-    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
-def join_processes(device):
-    """Makes one group of the processes that torchrun has started, of which only the first prints.
+def join_processes(device: torch.device) -> None:
+    """Join the group of the processes that torchrun has started; from here on only rank 0 prints.
 
-    device: the torch.device of this one.
+    device: the one that this process trains on.
     """
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(attempt(store), store)
+    store = dist.PrefixStore(agree_on_name(store), store)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def attempt(store):
-    """A name that only the processes of this attempt have, and all of them: the first one's, once each has got it.
+def agree_on_name(store: dist.Store) -> str:
+    """Return a name for this start of the group: rank 0's, once every rank has read it.
 
-    After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 167288).
+    After a restart torchrun's store still holds the addresses of the earlier processes (pytorch issue 167288).
     """
-    mine = uuid.uuid4().hex
+    own_name = uuid.uuid4().hex
     if RANK == 0:
-        store.set("attempt", mine)
-        others = [store.get(f"{mine}/{rank}").decode() for rank in range(1, WORLD_SIZE)]  # waits for each
-        store.set(f"{mine}/complete", " ".join(others))
-        return mine
+        store.set("start", own_name)
+        others = [store.get(f"{own_name}/{rank}").decode() for rank in range(1, WORLD_SIZE)]  # waits for each
+        store.set(f"{own_name}/complete", " ".join(others))
+        return own_name
     while True:
-        name = store.get("attempt").decode()  # that of the attempt before, if this one's first process is not there yet
-        store.set(f"{name}/{RANK}", mine)
-        if store.check([f"{name}/complete"]) and mine in store.get(f"{name}/complete").decode():
+        name = store.get("start").decode()  # an earlier start's, as long as this one's rank 0 has not come
+        store.set(f"{name}/{RANK}", own_name)
+        if store.check([f"{name}/complete"]) and own_name in store.get(f"{name}/complete").decode():
             return name
         time.sleep(0.05)
 
 
-def summed(values, device):
-    """The sums of a list of numbers over the processes."""
+def leave_processes() -> None:
+    """Leave the group, if this process has joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(values: list[float], device: torch.device) -> list[float]:
+    """Return the sum of each value over the processes."""
     if WORLD_SIZE == 1:
         return values
     total = torch.tensor(values, dtype=torch.double, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def add_over_processes(tensor: torch.Tensor) -> None:
+    """Add the other processes' tensors to `tensor`, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+
+
+def broadcast(value: object, device: torch.device) -> object:
+    """Return rank 0's `value` in every process, its tensors on the CPU; the other ranks' own is ignored.
+
+    value: what torch.load reads with weights_only=True.
+    """
+    if WORLD_SIZE == 1:
+        return value
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    shared = [buffer.getvalue()]
+    dist.broadcast_object_list(shared, device=device)
+    return torch.load(io.BytesIO(shared[0]), map_location="cpu", weights_only=True)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers: batch-norm's statistics differ between processes that train."""
+    if WORLD_SIZE > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-SHAPES = {  # u, v: integer offsets from the centre, to the right and down; r: the radius, 6 to 10 pixels
+SHAPES = {  # u, v: offsets from the centre in pixels, to the right and down; r: the radius, 6 to 10 pixels
     "bars": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (v % 6 < 3),
     "columns": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (u % 6 < 3),
     "cross": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (np.minimum(abs(u), abs(v)) * 4 <= r),
@@ -17,11 +17,11 @@ SHAPES = {  # u, v: integer offsets from the centre, to the right and down; r: t
 }
 
 
-def make_synthetic():
-    """10,000 training and 2,000 test images of ten shapes, in random places, sizes and colours.
+def make_synthetic() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Return training images and labels, test images and labels, and the classes: ten shapes in random places.
 
-    Returns the images and the labels of the one, those of the other, and the names of the classes, as Data has them.
-    Whole numbers from NumPy's legacy generator, whose stream never changes: the same images on every machine.
+    Images: uint8 of shape (10000 or 2000, 3, 32, 32), channels-last; labels: int64. They are the same on every
+    machine: whole numbers from NumPy's legacy generator, whose stream never changes.
     """
     rng = np.random.RandomState(0)
     y, x = np.mgrid[:32, :32]

@@ -1,29 +1,33 @@
-"""A step of training, and the figures of an epoch."""
+"""One step of training, and the meter of an epoch."""
 
 import time
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
-from harness.devices import (
-    autocast,
-)
-from harness.processes import WORLD_SIZE, summed
+from harness.devices import autocast
+from harness.processes import WORLD_SIZE, sum_over_processes
 from harness.terminal import UserError, progress_bar
 
 
 class TrainStep:
-    """A step of training: called with a batch, it updates the weights and returns the loss and the logits.
+    """One step of training: forward, backward, and the optimizer's update of the weights.
 
-    `weight` is that of the loss among those of several processes. On CUDA the forward and the backward pass are
-    captured as a CUDA graph, one a batch size, and replayed: to launch the kernels of such small networks one by one
-    takes a CPU several times as long as a GPU takes to run them. DistributedDataParallel runs without graphs.
+    dtype: the precision that the images come in; float16 needs a gradient scaler.
+
+    On CUDA the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed:
+    launching the kernels of such small networks one by one takes a CPU several times as long as a GPU takes to run
+    them. DistributedDataParallel runs without graphs.
     """
 
     WARM_UP = 3  # steps before the first capture, in which the libraries set up what must not happen during one
 
-    def __init__(self, model, criterion, optimizer, scaler):
-        self.model, self.criterion, self.optimizer, self.scaler = model, criterion, optimizer, scaler
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         self.steps, self.graphs = 0, {}
         for group in optimizer.param_groups:
@@ -31,7 +35,13 @@ class TrainStep:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def __call__(self, images, labels, weight=1):
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on a batch; return its loss, a scalar, and its logits, of shape (N, classes).
+
+        weight: of this process's loss among the processes'; see Loader.weights.
+        """
         self.steps += 1
         if images.is_cuda and self.steps > self.WARM_UP and WORLD_SIZE == 1:
             loss, logits = self.replay(images, labels)
@@ -40,6 +50,26 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, logits
+
+    def check_batch_size(self, batch_size: int, smallest_share: int) -> None:
+        """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm cannot train."""
+        if smallest_share > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules()):
+            return
+        where, enough = (" a process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
+        raise UserError(
+            f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; take {enough} or more"
+        )
+
+    def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
+        """Set the learning rate, or scale the schedule to it."""
+        for group in self.optimizer.param_groups:
+            if scheduler:
+                group["lr"] *= lr / group["initial_lr"]
+                group["initial_lr"] = lr
+            else:
+                group["lr"] = lr
+        if scheduler:
+            scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
 
     def forward_backward(self, images, labels, weight=1):
         self.optimizer.zero_grad()
@@ -66,52 +96,53 @@ class TrainStep:
 
 
 class Meter:
-    """The loss and the accuracy of an epoch so far, and its progress bar where stdout is a terminal.
+    """The loss and the accuracy of an epoch so far, and its progress bar.
 
     What a step adds stays on the device; it is fetched, and the loss checked, only when the bar is refreshed.
     """
 
-    REFRESH = 0.5  # seconds
+    REFRESH_SECONDS = 0.5
 
-    def __init__(self, name, loader):
-        self.name, self.sizes = name, loader.batch_sizes
-        self.losses = torch.empty(len(loader), device=loader.device)  # of each step
-        self.right = torch.empty(len(loader.mine), dtype=torch.bool, device=loader.device)  # of each image
+    def __init__(self, name: str, batch_sizes: list[int], device: torch.device):
+        self.name, self.batch_sizes = name, batch_sizes
+        self.losses = torch.empty(len(batch_sizes), device=device)  # of each step
+        self.right = torch.empty(sum(batch_sizes), dtype=torch.bool, device=device)  # of each image
         self.step = self.seen = 0
-        self.bar = progress_bar(desc=name, total=len(loader))
-        self.next_refresh = time.monotonic() + self.REFRESH
+        self.bar = progress_bar(desc=name, total=len(batch_sizes))
+        self.next_refresh = time.monotonic() + self.REFRESH_SECONDS
 
-    def update(self, loss, logits, labels):
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its mean loss, its logits of shape (N, classes) and its labels of shape (N,)."""
         stop = self.seen + len(labels)
         self.losses[self.step] = loss
         torch.eq(logits.argmax(1), labels, out=self.right[self.seen : stop])
         self.step, self.seen = self.step + 1, stop
         if time.monotonic() > self.next_refresh:
             self.read()
-            self.next_refresh = time.monotonic() + self.REFRESH
+            self.next_refresh = time.monotonic() + self.REFRESH_SECONDS
 
-    def read(self):
-        """Shows the mean loss and the accuracy so far. Raises UserError if a loss is not finite.
+    def read(self) -> tuple[float, int, int]:
+        """Show mean loss and accuracy so far; return the summed loss, the images that are right, and all so far.
 
-        Returns the sum of the images' losses, how many of the images are right, and how many there were.
+        Raises UserError if a loss is not finite.
         """
         losses = self.losses[: self.step].cpu()
         bad = losses.isfinite().logical_not().nonzero()
         if len(bad):
             raise UserError(f"{self.name}: the loss is not finite at step {bad[0].item() + 1}; take a lower --lr")
-        loss = (losses.double() @ torch.tensor(self.sizes[: self.step], dtype=torch.double)).item()
+        loss = (losses.double() @ torch.tensor(self.batch_sizes[: self.step], dtype=torch.double)).item()
         right, seen = self.right[: self.seen].sum().item(), self.seen
         self.bar.set_postfix_str(f"loss:{loss / seen:.3f}, accuracy:{100 * right / seen:.3f}", refresh=False)
         self.bar.update(self.step - self.bar.n)
         return loss, right, seen
 
-    def total(self):
-        """The mean loss and the accuracy in percent, over all images of all processes."""
-        loss, right, seen = summed([*self.read()], self.losses.device)
+    def total(self) -> tuple[float, float]:
+        """Return the mean loss and the accuracy in percent, over all images of all processes."""
+        loss, right, seen = sum_over_processes([*self.read()], self.losses.device)
         return loss / seen, 100 * right / seen
 
-    def __enter__(self):
+    def __enter__(self) -> "Meter":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         self.bar.close()

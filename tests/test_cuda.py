@@ -6,13 +6,17 @@ from helpers import MOBILENET, R1, R2, R3, R4
 from torch import nn
 
 import utils
+from harness.data import load_data
+from harness.devices import DTYPES
+from harness.loader import Loader
+from harness.training import Meter
 from models import MobileNetV2, ResNet18
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("precision", utils.DTYPES)
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [MOBILENET]], ids=str)
 def test_every_script_trains_in_every_precision(script, folders, command, precision):
     name, *flags = [*command, "--data", folders, "--batch-size", 8, "--lr", 1e-3, "--precision", precision]
@@ -35,15 +39,13 @@ def test_from_cuda_to_the_cpu_and_back(script, tmp_path, folders):
 
 def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
     """A TrainStep that has run some epochs on the synthetic images, and its loader."""
-    data, mean = utils.load_data("synthetic"), (0.5, 0.5, 0.5)
-    loader = utils.Loader(
-        data, "train", 128, mean=mean, std=mean, device=CUDA, dtype=utils.DTYPES[precision], flip=True, crop=True
-    )
+    data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
+    common = {"mean": mean, "std": mean, "device": CUDA, "dtype": DTYPES[precision]}
+    loader = Loader(data.train_images, data.train_labels, 128, training=True, flip=True, crop=True, **common)
     torch.manual_seed(0)
     model = model().to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, scaler)
+    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, DTYPES[precision])
     step.WARM_UP = warm_up
     for epoch in range(1, epochs + 1):
         utils.train(step, loader, epoch)
@@ -69,15 +71,15 @@ def test_a_captured_step_is_the_step(monkeypatch, model, precision):
 
 def test_nothing_waits_for_the_gpu_inside_an_epoch(monkeypatch):
     step, loader = trained(ResNet18, "bf16", epochs=1)
-    monkeypatch.setattr(utils.Meter, "REFRESH", 1e9)
-    read = utils.Meter.read
+    monkeypatch.setattr(Meter, "REFRESH_SECONDS", 1e9)
+    read = Meter.read
 
     def read_at_the_end(meter):
         torch.cuda.set_sync_debug_mode("default")
         assert meter.seen == len(loader.labels)
         return read(meter)
 
-    monkeypatch.setattr(utils.Meter, "read", read_at_the_end)
+    monkeypatch.setattr(Meter, "read", read_at_the_end)
     try:
         torch.cuda.set_sync_debug_mode("error")
         utils.train(step, loader, 2)

@@ -11,13 +11,15 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-import utils
+from harness.data import load_data, read_original
+from harness.loader import Loader
+from harness.terminal import UserError
 
 # ------------------------------------------------------------------------------------------- class folders
 
 
 def test_class_folders(folders):
-    data = utils.load_data(folders)
+    data = load_data(folders)
     assert data.classes == ["cat", "dog", "frog"] and data.source == "class folders"
     assert data.train_images.shape == (90, 3, 32, 32) and data.train_images.dtype == torch.uint8
     assert data.train_labels.tolist() == [0] * 30 + [1] * 30 + [2] * 30
@@ -28,7 +30,7 @@ def test_class_folders(folders):
 
 @pytest.mark.parametrize("suffix", [".bmp", ".webp", ".tiff", ".ppm", ".PNG", ".gif"])
 def test_any_format_of_pillow(tmp_path, suffix):
-    assert len(utils.load_data(write_images(tmp_path, suffix=suffix)).train_labels) == 90
+    assert len(load_data(write_images(tmp_path, suffix=suffix)).train_labels) == 90
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])
@@ -37,14 +39,14 @@ def test_other_modes_become_rgb(folders, mode):
     suffix = ".tiff" if mode == "CMYK" else ".png"
     (folders / "train/cat/0000.png").unlink()
     image.save(folders / f"train/cat/0000{suffix}")
-    first = utils.load_data(folders).train_images[0]
+    first = load_data(folders).train_images[0]
     assert (first.permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
 
 
 def test_other_files_are_left_alone(folders):
     for name in ("notes.txt", "train/labels.csv", "train/cat/notes.txt", "train/cat/.0001.png"):
         (folders / name).write_text("no image")
-    assert len(utils.load_data(folders).train_labels) == 90
+    assert len(load_data(folders).train_labels) == 90
 
 
 def test_class_names_of_any_kind(tmp_path, script):
@@ -75,8 +77,8 @@ def sixteen_bits(path):
 @pytest.mark.parametrize("damage", [text_file, truncated, too_large, huge, sixteen_bits])
 def test_a_bad_image_is_named(folders, damage):
     damage(folders / "test/dog/0007.png")
-    with pytest.raises(utils.UserError, match=r"test/dog/0007\.png (is|has) "):
-        utils.load_data(folders)
+    with pytest.raises(UserError, match=r"test/dog/0007\.png (is|has) "):
+        load_data(folders)
 
 
 def test_a_bad_name_stays_on_one_line(folders, refused):
@@ -86,8 +88,8 @@ def test_a_bad_name_stays_on_one_line(folders, refused):
 
 def test_bad_folders_are_named(tmp_path):
     def line():
-        with pytest.raises(utils.UserError) as error:
-            utils.load_data(tmp_path / "x")
+        with pytest.raises(UserError) as error:
+            load_data(tmp_path / "x")
         return str(error.value)
 
     write_images(tmp_path / "x", classes=("cat",))
@@ -105,14 +107,14 @@ def test_bad_folders_are_named(tmp_path):
 
 def test_the_original(original):
     root, hashes, images = original
-    data = utils.read_original(root, **hashes)
+    data = read_original(root, **hashes)
     assert data.classes == CIFAR10_CLASSES
     assert len(data.train_labels) == 100 and len(data.test_labels) == 20
     assert data.train_labels[:20].tolist() == [i % 10 for i in range(20)]
     assert (data.train_images[25].flatten().numpy() == images["data_batch_2"][5]).all()
     assert (data.test_images[7].flatten().numpy() == images["test_batch"][7]).all()
     (root / CIFAR10.filename).unlink()  # its folder alone does
-    again = utils.read_original(root, **hashes)
+    again = read_original(root, **hashes)
     assert again.fingerprint() == data.fingerprint()
     assert [path.name for path in root.iterdir() if not path.name.startswith(".")] == [CIFAR10.base_folder]
 
@@ -125,12 +127,12 @@ def test_an_archive_with_another_hash_is_not_unpacked(original, refused):
 
 def test_a_damaged_member_is_named_and_not_unpickled(original):
     root, hashes, _ = original
-    utils.read_original(root, **hashes)
+    read_original(root, **hashes)
 
     member = root / CIFAR10.base_folder / "data_batch_3"
     member.write_bytes(pickle.dumps(Trap(root / "sprung")))
-    with pytest.raises(utils.UserError, match="data_batch_3 is missing or damaged"):
-        utils.read_original(root, **hashes)
+    with pytest.raises(UserError, match="data_batch_3 is missing or damaged"):
+        read_original(root, **hashes)
     assert not (root / "sprung").exists()
 
 
@@ -138,7 +140,7 @@ def test_a_damaged_member_is_named_and_not_unpickled(original):
 
 
 def test_synthetic_is_the_same_for_everyone():
-    data = utils.load_data("synthetic")
+    data = load_data("synthetic")
     assert data.train_labels.bincount().tolist() == [1000] * 10
     assert data.test_labels.bincount().tolist() == [200] * 10
     assert data.fingerprint() == "e83bed3979cfbb03f0d663270a365b92296556534ed6f573109ee3a167690706"
@@ -147,11 +149,10 @@ def test_synthetic_is_the_same_for_everyone():
 # ------------------------------------------------------------------------------------------------ the loader
 
 
-def make_loader(n=64, batch_size=8, split="test", **kwargs):
+def make_loader(n=64, batch_size=8, **kwargs):
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = utils.Data(images, torch.arange(n), images, torch.arange(n), [str(i) for i in range(n)], "test")
     as_they_are = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "device": torch.device("cpu"), "dtype": torch.float32}
-    return utils.Loader(data, split, batch_size, **as_they_are | kwargs)
+    return Loader(images, torch.arange(n), batch_size, **as_they_are | kwargs)
 
 
 def test_flip_and_crop_have_torchvisions_distribution():
@@ -160,7 +161,7 @@ def test_flip_and_crop_have_torchvisions_distribution():
     loader = make_loader(1, flip=True, crop=True)
     image = loader.images[0]
     loader.images, loader.labels = image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.int64)
-    loader.mine, loader.batch_sizes = torch.arange(n), [n // 10] * 10
+    loader.positions, loader.batch_sizes = torch.arange(n), [n // 10] * 10
     padded = v2.functional.pad(image, [4, 4, 4, 4])
     windows = [padded[:, y : y + 32, x : x + 32] for y, x in itertools.product(range(9), range(9))]
     index = {output.numpy().tobytes(): i for i, output in enumerate([*windows, *(w.flip(-1) for w in windows)])}
@@ -225,7 +226,7 @@ def test_normalisation_is_torchvisions():
     [(50_000, 128, {127, 128}), (10, 3, {2, 3}), (7, 2, {2, 3}), (3, 2, {3}), (5, 100, {5}), (4, 1, {1})],
 )
 def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
-    loader = make_loader(n, batch_size, "train")
+    loader = make_loader(n, batch_size, training=True)
     labels = [labels for _, labels in loader]
     assert {len(batch) for batch in labels} == sizes
     assert torch.cat(labels).sort().values.equal(torch.arange(n))
@@ -234,7 +235,7 @@ def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
 
 def test_an_epoch_depends_on_seed_and_epoch_alone():
     def epoch(seed, number):
-        loader = make_loader(split="train", flip=True, crop=True, seed=seed)
+        loader = make_loader(training=True, flip=True, crop=True, seed=seed)
         loader.set_epoch(number)
         return torch.cat([images for images, _ in loader])
 
@@ -246,7 +247,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
 
 
 def test_cifar10_itself(cifar10):
-    data = utils.load_data(cifar10)
+    data = load_data(cifar10)
     assert data.classes == CIFAR10_CLASSES
     assert data.train_labels.bincount().tolist() == [5000] * 10 and data.test_labels.bincount().tolist() == [1000] * 10
     mean = data.train_images.double().mean((0, 2, 3)) / 255

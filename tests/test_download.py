@@ -13,8 +13,10 @@ import pytest
 from helpers import PROCESSES, Trap
 from torchvision.datasets import CIFAR10
 
-import utils
 from harness import download
+from harness.data import read_original
+from harness.files import sha256_of
+from harness.terminal import UserError
 
 
 class Source(BaseHTTPRequestHandler):
@@ -176,7 +178,7 @@ def test_the_users_own_mirror_comes_first(get, monkeypatch, server):
 
 
 def test_no_source_has_it(get, tmp_path):
-    with pytest.raises(utils.UserError) as error:
+    with pytest.raises(UserError) as error:
         get("missing")
     assert re.sub("127.0.0.1:[0-9]+", "HOST", str(error.value)) == (
         "CIFAR-10 cannot be downloaded (HOST: HTTP 404 Not Found); put cifar-10-python.tar.gz into "
@@ -187,7 +189,7 @@ def test_no_source_has_it(get, tmp_path):
 
 def test_a_full_disk_is_told_before(get, monkeypatch, server):
     monkeypatch.setitem(server.hashes, "size", 10**18)
-    with pytest.raises(utils.UserError, match=r"has \d+ MB free, CIFAR-10 needs 2100000000000; make room"):
+    with pytest.raises(UserError, match=r"has \d+ MB free, CIFAR-10 needs 2100000000000; make room"):
         get("whole")
     assert not server.requests
 
@@ -211,13 +213,13 @@ def test_without_a_route(refused, monkeypatch, tmp_path):
 def test_a_name_that_is_never_looked_up(monkeypatch):
     monkeypatch.setattr(download, "CONNECT_SECONDS", 0.2)
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(5))
-    with pytest.raises(download.Unusable, match=r"no answer within 0.2 s"):
-        download.answer("http://nowhere", {})
+    with pytest.raises(download.UnusableMirror, match=r"no answer within 0.2 s"):
+        download.open_url("http://nowhere", {})
 
 
 def read_small(root, sources, hashes, lists):
     os.environ["no_proxy"] = "*"
-    utils.read_original(root, sources, **hashes, dataset=type("Small", (CIFAR10,), lists))
+    read_original(root, sources, **hashes, dataset=type("Small", (CIFAR10,), lists))
 
 
 def test_two_processes_share_one_download(server, original):
@@ -232,7 +234,7 @@ def test_two_processes_share_one_download(server, original):
         process.join(60)
         assert process.exitcode == 0
     assert server.requests == [("/slow", None)]
-    assert utils.read_original(root, [], **hashes).source == "CIFAR-10 archive"
+    assert read_original(root, [], **hashes).source == "CIFAR-10 archive"
 
 
 @pytest.mark.parametrize("right_hash", [False, True])
@@ -261,9 +263,9 @@ def test_a_hostile_archive(tmp_path, right_hash, kind):
             for name in [*(name for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]), "batches.meta"]:
                 add(f"{CIFAR10.base_folder}/{name}", pickle.dumps(Trap(sprung)))
     content = archive.read_bytes()
-    sha256 = utils.sha256_of(archive) if right_hash else "0" * 64
-    with pytest.raises(utils.UserError) as error:
-        utils.read_original(root, [], len(content), sha256)
+    sha256 = sha256_of(archive) if right_hash else "0" * 64
+    with pytest.raises(UserError) as error:
+        read_original(root, [], len(content), sha256)
     words = "wrong SHA-256" if not right_hash else "is missing or damaged" if kind == "pickle" else "cannot be unpacked"
     assert words in str(error.value)
     assert not sprung.exists() and {path.name for path in tmp_path.iterdir()} == {"data"}

@@ -16,7 +16,7 @@ import torch
 from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_images
 from PIL import Image
 
-import utils
+from harness.files import DamagedCheckpoint, read_checkpoint
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
@@ -62,7 +62,7 @@ def another_user():
 
 
 def check_the_checkpoint(script, folder, epoch):
-    assert utils.read_checkpoint(folder / "last.pt")["epoch"] == epoch
+    assert read_checkpoint(folder / "last.pt")["epoch"] == epoch
     assert not list(folder.glob("*.new"))
     assert f"after epoch {epoch}\n" in script(R1, "--data", "pictures", "--epochs", 5, "--resume").stdout
 
@@ -96,6 +96,7 @@ def test_a_folder_of_another_user(refused, script, tmp_path, folders):
 def test_a_read_only_checkout(tmp_path, folders):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "models", checkout / "models")
+    shutil.copytree(ROOT / "harness", checkout / "harness")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, checkout)
     mount = f"mount --bind {checkout} {checkout} && mount -o remount,ro,bind {checkout} && cd {checkout}"
@@ -122,7 +123,7 @@ def test_a_folder_that_is_gone(start, tmp_path, folders):
     process.join(60)
     line = output(tmp_path, "stderr").read_text()
     assert process.exitcode == 2 and line.count("\n") == 1 and "cannot be written: No such file or directory" in line
-    assert utils.read_checkpoint(tmp_path / "moved/last.pt")["epoch"] >= 1
+    assert read_checkpoint(tmp_path / "moved/last.pt")["epoch"] >= 1
 
 
 # --------------------------------------------------------------------------------- a damaged checkpoint
@@ -145,13 +146,13 @@ def same(one, other):
 
 def test_one_byte_changed_anywhere(last):
     whole, rng = last.read_bytes(), random.Random(0)
-    truth, refusals = utils.read_checkpoint(last), 0
+    truth, refusals = read_checkpoint(last), 0
     for _ in range(500):
         offset = rng.randrange(len(whole))
         last.write_bytes(whole[:offset] + bytes([whole[offset] ^ rng.randrange(1, 256)]) + whole[offset + 1 :])
         try:
-            assert same(utils.read_checkpoint(last), truth)  # the byte was padding
-        except utils.Damaged as error:
+            assert same(read_checkpoint(last), truth)  # the byte was padding
+        except DamagedCheckpoint as error:
             assert str(error).startswith(f"{last} is damaged or no checkpoint (") and "\n" not in str(error)
             refusals += 1
     assert refusals > 400
@@ -164,8 +165,8 @@ def test_one_byte_changed_on_the_command_line(script, last, folders):
     for offset in rng.sample(range(len(whole)), 8):
         last.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
         try:
-            utils.read_checkpoint(last)
-        except utils.Damaged:
+            read_checkpoint(last)
+        except DamagedCheckpoint:
             done = script(R1, "--data", folders, "--evaluate", status=2)
             assert done.stderr.startswith("cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt is damaged")
             assert done.stderr.count("\n") == 1 and "Accuracy" not in done.stdout
@@ -182,8 +183,8 @@ def test_cut_anywhere(last):
     whole = last.read_bytes()
     for length in (0, 1, 4, 100, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 22, len(whole) - 1):
         last.write_bytes(whole[:length])
-        with pytest.raises(utils.Damaged):
-            utils.read_checkpoint(last)
+        with pytest.raises(DamagedCheckpoint):
+            read_checkpoint(last)
 
 
 def test_both_damaged(refused, last, folders):
@@ -204,4 +205,4 @@ def test_weights_that_are_not_finite_are_never_saved(refused, last, folders):
     best = last.with_name("best.pt")
     assert "not finite" in refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e20)
     for path in (last, best):
-        assert all(tensor.isfinite().all() for tensor in utils.read_checkpoint(path)["weights"].values())
+        assert all(tensor.isfinite().all() for tensor in read_checkpoint(path)["weights"].values())

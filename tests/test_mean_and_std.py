@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import utils
+from harness.terminal import UserError
 from mean_and_std import get_mean_and_std, get_statistics
 
 RNG = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_the_repositorys_own_tensors(shape, value):
     ],
 )
 def test_what_it_refuses(dataset, words):
-    with pytest.raises(utils.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         get_statistics(dataset)
 
 

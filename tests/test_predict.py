@@ -9,7 +9,7 @@ from helpers import R1, R3, SCRIPTS, Trap, write_images
 from PIL import Image
 
 import predict
-import utils
+from harness.data import list_images
 from models import TutorialCNN
 
 
@@ -47,7 +47,7 @@ def test_the_function_gives_the_accuracy_that_the_run_had(script, tmp_path, fold
     script(name, "--data", folders, "--epochs", 2, "--precision", "fp32")
     (run,) = (tmp_path / "checkpoints").iterdir()
     classifier = predict.load_classifier(run / "best.pt")
-    files = utils.list_images(folders / "test")
+    files = list_images(folders / "test")
     images = torch.stack([predict.read_picture(path) for paths in files.values() for path in paths])
     labels = torch.arange(3).repeat_interleave(10)
     accuracy = (classifier(images).argmax(1) == labels).double().mean().item() * 100

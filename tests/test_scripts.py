@@ -18,6 +18,8 @@ import torch
 from helpers import R1, R2, ROOT, Trap, log, same_weights, write_images
 
 import utils
+from harness.files import read_checkpoint
+from harness.synthetic import SHAPES
 
 EPOCH = re.compile(
     r"epoch:(\d+)/\d+ train loss:\d+\.\d{3}, accuracy:\d+\.\d{3}, test loss:\d+\.\d{3}, accuracy:(\S+), saved.*"
@@ -35,7 +37,7 @@ def test_synthetic_in_a_minute(script, tmp_path):
     accuracy = float(re.fullmatch(r"Accuracy of the network on the synthetic test images: (\S+) %", out[9])[1])
     assert accuracy > 80
     table = [re.fullmatch(r"Accuracy of (\w+): (\S+) %", line).groups() for line in out[10:20]]
-    assert [name for name, _ in table] == list(utils.SHAPES)
+    assert [name for name, _ in table] == list(SHAPES)
     assert sum(float(value) for _, value in table) / 10 == pytest.approx(accuracy, abs=0.1)
     assert (tmp_path / "checkpoints/cifar10_r1-synthetic/last.pt").exists()
 
@@ -174,7 +176,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(script, refused, 
     resumed = script(*flags, "--resume").stdout
     assert ("; taking the one before\n" in resumed) == (damage != "gone")
     assert "resuming checkpoints/cifar10_r1/last.previous.pt after epoch 2\n" in resumed
-    assert utils.read_checkpoint(last.with_name("last.previous.pt"))["epoch"] == 2
+    assert read_checkpoint(last.with_name("last.previous.pt"))["epoch"] == 2
     assert resumed[resumed.index("Accuracy") :] == out[out.index("Accuracy") :]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import R1, R2, ROOT, log, weights, write_images
 
-import utils
+from harness.data import load_data
 from predict import load_classifier
 
 
@@ -80,7 +80,7 @@ def test_the_network_that_is_tested_is_the_one_that_is_saved(torchrun, tmp_path,
     """Batch-norm's statistics differ between processes as they train."""
     torchrun(2, R2, "--batch-size", 32, "--lr", 1e-3, "--epochs", 1, "--precision", "fp32")
     folder = tmp_path / "checkpoints/cifar10_r2"
-    classifier, test = load_classifier(folder / "last.pt"), utils.load_data(data)
+    classifier, test = load_classifier(folder / "last.pt"), load_data(data)
     loss = torch.nn.functional.cross_entropy(classifier(test.test_images), test.test_labels).item()
     assert float(log(folder)[0]["test_loss"]) == pytest.approx(loss, rel=1e-4)
 

@@ -1,0 +1,189 @@
+"""What a run prints and leaves of its figures: the epoch's line, the table, log.csv, run.json, TensorBoard's events."""
+
+import argparse
+import csv
+import io
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+from harness.devices import device_name, name_precision, peak_memory
+from harness.files import write_atomically
+from harness.processes import WORLD_SIZE
+
+TUTORIAL_NAMES = {"airplane": "plane", "automobile": "car"}  # as the official tutorial prints these classes
+
+
+class Records:
+    """The figures of a run, in its folder: `rows` of log.csv, one for each epoch, and the record of a complete run.
+
+    images: what the run is tested on, as the table names it, such as "test".
+    """
+
+    def __init__(self, folder: Path, images: str, tensorboard: bool):
+        self.folder, self.images, self.rows = folder, images, []
+        self.events = EventLog(folder / "tensorboard") if tensorboard else None
+
+    def begin_epoch(self, lr: float) -> None:
+        """Start the clock of an epoch, which is trained at this learning rate."""
+        self.began, self.lr = time.monotonic(), lr
+
+    def add_epoch(
+        self, epoch: int, train_metrics: tuple[float, float], test_metrics: tuple[float, float], next_lr: float
+    ) -> dict[str, float]:
+        """Add a row of these (loss, accuracy in percent) and return it; the next epoch begins."""
+        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        figures = dict(zip(names, (*train_metrics, *test_metrics), strict=True))
+        row = {"epoch": epoch, "lr": self.lr, **figures, "seconds": time.monotonic() - self.began}
+        self.rows.append(row)
+        self.begin_epoch(next_lr)
+        return row
+
+    def best_row(self) -> dict[str, float]:
+        """Return the row of the first epoch that reached the best test accuracy."""
+        return max(self.rows, key=lambda row: row["test_accuracy"])
+
+    def report_epoch(self, epochs: int) -> None:
+        """Give the last row to TensorBoard; print it on one line, unless on a terminal, where the bars show it."""
+        if self.events:
+            self.events.write(self.rows)
+        if sys.stdout.isatty():
+            return
+        row = self.rows[-1]
+        figures = "".join(
+            f"{split} loss:{row[f'{split}_loss']:.3f}, accuracy:{row[f'{split}_accuracy']:.3f}, "
+            for split in ("train", "test")
+        )
+        saved = "saved as the best" if row is self.best_row() else "saved"
+        print(f"epoch:{row['epoch']}/{epochs} {figures}{saved}", flush=True)
+
+    def print_table(self, accuracy: float, per_class: dict[str, float]) -> None:
+        """Print the accuracy in percent, in total and by class."""
+        print(f"Accuracy of the network on the {self.images} images: {accuracy:.1f} %")
+        for name, value in per_class.items():
+            print(f"Accuracy of {TUTORIAL_NAMES.get(name, name)}: {value:.1f} %")
+
+    def print_end(self) -> None:
+        """Print the best epoch, and where the run's files are."""
+        best = self.best_row()
+        print(f"Best epoch, chosen on the {self.images} images: {best['epoch']} with {best['test_accuracy']:.1f} %")
+        print(f"best.pt, last.pt, log.csv and run.json are in {self.folder}")
+
+    def write_log(self) -> None:
+        """Write log.csv anew."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "log.csv", text.getvalue().encode())
+
+    def write_record(self, run: dict, figures: dict, device: torch.device, dtype: torch.dtype) -> None:
+        """Write run.json: the run, its figures, where it was trained, its epochs."""
+        best = self.best_row()
+        record = {
+            **run,
+            "accuracy": figures.pop("accuracy"),
+            "best_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
+            **figures,
+            "seconds": sum(row["seconds"] for row in self.rows),
+            **describe_environment(device, dtype),
+            "epochs": self.rows,
+        }
+        write_atomically(self.folder / "run.json", record_text(record).encode())
+
+
+def describe_network(model, data, train_loader) -> dict:
+    """Return what a file says of its weights: the network, its classes, and what its images are normalised with."""
+    return {
+        "model": type(model).__name__,
+        "arguments": model.arguments,
+        "classes": data.classes,
+        "mean": train_loader.mean,
+        "std": train_loader.std,
+        "data": data.source,
+    }
+
+
+def describe_recipe(run: str, args: argparse.Namespace, optimizer: torch.optim.Optimizer, data) -> dict:
+    """Return what must agree before a run is resumed."""
+    return {
+        "run": run,
+        "optimizer": type(optimizer).__name__,
+        **{key: value for key, value in optimizer.defaults.items() if key in ("momentum", "weight_decay")},
+        "--batch-size": args.batch_size,
+        "--seed": args.seed,
+        "data": data.fingerprint(),
+    }
+
+
+def print_saving(what: str) -> None:
+    """Print what is about to be saved, if stdout is a terminal."""
+    if sys.stdout.isatty():
+        print(f"saving {what}...")
+
+
+def record_text(record: dict) -> str:
+    """Return the record as JSON: a line for each member, each epoch and each row of the confusion matrix."""
+    lines = []
+    for name, value in record.items():
+        text = json.dumps(value)
+        if name in ("confusion", "epochs"):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype) -> dict:
+    """Return where and how this process trains, for the record."""
+    return {
+        "peak_memory_mb": peak_memory(device),
+        "precision": name_precision(dtype),
+        "processes": WORLD_SIZE,
+        "device": device_name(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of these scripts, with a "+" if they have been changed since; None without git."""
+    git = ["git", "-C", Path(__file__).parent.parent]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        return f"{head}+" if changed else head
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class EventLog:
+    """The rows of the log as TensorBoard's events, in a folder of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writer = folder, None
+
+    def write(self, rows: list[dict[str, float]]) -> None:
+        """Add the last row. The first call writes all rows anew, since an interrupted run may have left others."""
+        new_rows = rows[-1:]
+        if not self.writer:
+            from torch.utils.tensorboard import SummaryWriter  # a package that only this needs
+
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.writer, new_rows = SummaryWriter(self.folder), rows
+        for row in new_rows:
+            for name in row.keys() - {"epoch"}:
+                self.writer.add_scalar(re.sub("(.*)_(.*)", r"\2/\1", name), row[name], row["epoch"])
+        self.writer.flush()
