@@ -1,1 +1,1 @@
-"""What no experiment changes, one noun a room. A room imports only rooms above it in the table of the README."""
+"""What no experiment changes, one noun a room. A room imports only rooms above it, see tests/test_layout.py."""

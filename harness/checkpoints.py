@@ -154,7 +154,8 @@ class Checkpoints:
         if path.resolve().parent == self.folder.resolve():
             return epoch, {}
         best = path.with_name("best.pt")  # the best so far, until a better epoch comes
-        return epoch, {file.name: file.read_bytes() for file in (best, path) if file.exists()}
+        files = {"best.pt": best.read_bytes()} if best.exists() else {}
+        return epoch, files | {"last.pt": path.read_bytes()}
 
     def check_recipe(self, path: Path, recipe: dict, keys) -> None:
         """Raise UserError if the checkpoint's recipe and this run's differ in one of the keys."""

@@ -1,4 +1,4 @@
-"""The networks, one file each. `model.arguments` is what its class was called with: a file of weights says it."""
+"""The networks, one file each. `model.arguments` is what its class was called with, which a checkpoint records."""
 
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet18

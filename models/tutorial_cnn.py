@@ -10,7 +10,7 @@ class TutorialCNN(nn.Module):
     Takes images of shape (N, 3, 32, 32), float; returns logits of shape (N, num_classes).
     """
 
-    def __init__(self, num_classes=10):
+    def __init__(self, num_classes: int = 10):
         super().__init__()
         self.arguments = {"num_classes": num_classes}
         self.features = nn.Sequential(
@@ -24,5 +24,5 @@ class TutorialCNN(nn.Module):
         )  # fmt: skip
         self.to(memory_format=torch.channels_last)  # a quarter faster on the CPU
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images).flatten(1))

@@ -5,8 +5,7 @@ import torch
 import torchvision
 
 from models import MobileNetV2, ResNet18, TutorialCNN
-from models.mobilenetv2 import StridedDepthwise
-from models.resnet import Conv3x3
+from models.cpu_layers import Conv3x3, StridedDepthwise
 
 
 def count(model):

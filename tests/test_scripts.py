@@ -114,6 +114,9 @@ def test_a_checkpoint_from_elsewhere_is_resumed_here(script, tmp_path, folders):
     out = script(*flags, "--epochs", 3, "--resume", here / "last.pt").stdout  # its own file by name: nothing moves
     assert "is now in" not in out and len(log(here)) == 3
     assert len(log(tmp_path / "there/cifar10_r1")) == 2
+    (tmp_path / "there/cifar10_r1/last.pt").rename(tmp_path / "kept.pt")
+    script(*flags, "--epochs", 2, "--resume", "kept.pt")  # a copy of any name, of a complete run
+    assert (here / "last.pt").read_bytes() == (tmp_path / "kept.pt").read_bytes() and not (here / "kept.pt").exists()
 
 
 def test_a_terminal_gets_bars(tmp_path, folders):

@@ -1,0 +1,68 @@
+"""Who may import whom: the order of the rooms of harness/, and what stands before them."""
+
+import ast
+
+import pytest
+from helpers import ROOT, SCRIPTS
+
+ROOMS = {  # from the first to the last, with the rooms that each may import
+    "processes": "",
+    "terminal": "processes",
+    "devices": "terminal",
+    "files": "terminal",
+    "command_line": "terminal devices processes",
+    "download": "terminal files",
+    "synthetic": "",
+    "data": "terminal download synthetic",
+    "loader": "terminal processes",
+    "training": "terminal processes devices",
+    "records": "files devices processes",
+    "checkpoints": "terminal files records processes",
+}
+OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+
+def modules(path):
+    """The dotted names of all that a file imports; `from a import b` is a.b if that is a module of this repository."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            for name in node.names:
+                inside = (ROOT / node.module.replace(".", "/") / f"{name.name}.py").exists()
+                found.add(f"{node.module}.{name.name}" if inside else node.module)
+    return found
+
+
+def packages(path):
+    return {name.partition(".")[0] for name in modules(path)}
+
+
+def test_every_room_is_in_the_order():
+    assert {path.stem for path in (ROOT / "harness").glob("*.py")} - {"__init__"} == ROOMS.keys()
+    names = [*ROOMS]
+    for name, allowed in ROOMS.items():
+        assert set(allowed.split()) <= set(names[: names.index(name)]), f"{name} may import only rooms above it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room):
+    own = {name for name in modules(ROOT / "harness" / f"{room}.py") if name.partition(".")[0] in OURS}
+    assert own <= {f"harness.{name}" for name in ROOMS[room].split()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_knows_no_room(name):
+    assert packages(ROOT / name) & OURS <= {"utils", "models", "plot"}
+
+
+@pytest.mark.parametrize("path", (ROOT / "models").glob("*.py"), ids=lambda path: path.stem)
+def test_models_import_torch_and_torchvision_only(path):
+    assert packages(path) <= {"models", "torch", "torchvision"}
+
+
+def test_no_test_imports_a_test():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not {name for name in packages(path) if name == "conftest" or name.startswith("test_")}, path.name
