@@ -9,7 +9,8 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding and without bias, computed as one linear layer on maps of 2x2 pixels and smaller.
 
     Those are the last maps of a ResNet on 32x32 images. Most of a kernel sees only padding there, which the CPU's
-    convolution multiplies all the same. CONV_GAIN
+    convolution multiplies all the same. A training step of ResNet-18 in bf16 becomes 2.2 times as fast with the
+    imagenet stem and 1.6 times with the cifar stem (two cores of an Intel Xeon with AMX, torch 2.14.1).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int], device=None):
@@ -33,7 +34,8 @@ class Conv3x3(nn.Conv2d):
 class StridedDepthwise(nn.Conv2d):
     """A 3x3 depthwise convolution of stride 2, without bias, on a CPU in the weights' precision also under autocast.
 
-    DEPTHWISE_GAIN
+    In bf16 PyTorch takes 4 to 15 times as long for MobileNetV2's three. In float32 they make its training step 1.35
+    times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1).
     """
 
     def __init__(self, channels: int, device=None):
