@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -157,7 +158,7 @@ class Checkpoints:
         files = {"best.pt": best.read_bytes()} if best.exists() else {}
         return epoch, files | {"last.pt": path.read_bytes()}
 
-    def check_recipe(self, path: Path, recipe: dict, keys) -> None:
+    def check_recipe(self, path: Path, recipe: dict, keys: Iterable[str]) -> None:
         """Raise UserError if the checkpoint's recipe and this run's differ in one of the keys."""
         for key in keys:
             theirs, ours = recipe.get(key), self.recipe[key]

@@ -71,7 +71,9 @@ class TrainStep:
         if scheduler:
             scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
 
-    def forward_backward(self, images, labels, weight=1):
+    def forward_backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad()
         with autocast(images):
             logits = self.forward(images)
