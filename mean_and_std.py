@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 
 import plot
 from harness.data import load_data
-from harness.terminal import CommandLine, UserError, progress_bar, run
+from harness.terminal import CommandLine, UserError, data_folder, progress_bar, run
 
 
 class Statistics(NamedTuple):
@@ -122,7 +122,9 @@ def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    parser.add_argument(
+        "--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)"
+    )
     parser.add_argument("--plot", type=plot.picture, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
     data = load_data(args.data)

@@ -23,7 +23,7 @@ from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.files import read_checkpoint, write_atomically
 from harness.loader import Loader
-from harness.terminal import CommandLine, UserError, escape_unprintable, run
+from harness.terminal import CommandLine, UserError, data_folder, escape_unprintable, nonempty_path, run
 from predict import load_classifier
 
 matplotlib.rcParams["text.parse_math"] = False  # a class's name may hold a $
@@ -39,7 +39,7 @@ def draw(folder: Path, logits: torch.Tensor, data: Data) -> None:
     """
     rows, name = read_log(folder), folder.resolve().name
     classes = [*map(escape_unprintable, data.classes)]
-    network = f"{escape_unprintable(name)}, after epoch {rows[-1]['epoch']:.0f}"
+    network = f"{escape_unprintable(name)}, after epoch {rows[-1]['epoch']:.0f}, {data.tested_on} images"
     curves({name: rows}, folder / "curves.png")
     confusion(utils.confusion_matrix(logits, data.test_labels), classes, network, folder / "confusion.png")
     mistakes(data.test_images, data.test_labels, logits, classes, network, folder / "mistakes.png")
@@ -99,7 +99,7 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
-    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}\npercent of each class's test images")
+    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}\npercent of each class's images")
     for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
         if i == j:
             axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
@@ -118,7 +118,7 @@ def mistakes(
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     lines = max(1, min(4, math.ceil(len(wrong) / 5)))
     figure = Figure(figsize=(8, 0.5 + 2 * lines), layout="constrained")
-    figure.suptitle(f"{network}\n{len(wrong)} of {len(labels)} test images wrong, the most confident mistakes first")
+    figure.suptitle(f"{network}\n{len(wrong)} of {len(labels)} images wrong, the most confident mistakes first")
     axes = figure.subplots(lines, 5).flatten()
     for axis in axes:
         axis.axis("off")
@@ -149,9 +149,9 @@ def picture(name: str) -> Path:
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
+    add("runs", nargs="+", type=nonempty_path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
     add("--output", type=picture, metavar="FILE", help="for several runs (default: comparison.png)")
-    add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    add("--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)")
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     args = parser.parse_args()
 
@@ -174,7 +174,10 @@ def main() -> None:
     if classifier.data == "class folders" and not Path(args.data).exists():
         parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
     data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
-    if data.fingerprint() != read_checkpoint(folder / "last.pt")["recipe"]["data"]:
+    recipe = read_checkpoint(folder / "last.pt")["recipe"]
+    if recipe.get("holdout"):
+        data = data.hold_out()
+    if data.fingerprint() != recipe["data"]:
         raise UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
     normalised = {"mean": mean, "std": std, "device": device, "dtype": torch.float32}

@@ -18,7 +18,7 @@ import models
 from harness.data import find_images, read_image
 from harness.devices import choose_device
 from harness.files import read_checkpoint
-from harness.terminal import CommandLine, UserError, run
+from harness.terminal import CommandLine, UserError, nonempty_path, run
 
 
 class Classifier(nn.Module):
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     Takes images as `read_picture` returns them, uint8 of shape (N, 3, 32, 32), and returns logits, float32 of shape
     (N, classes). network: the module of models/, which takes normalised images; classes: list[str]; mean, std: of the
     channels, as float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch: int;
-    accuracy: float, in percent on the test images, after that epoch.
+    accuracy: float, in percent on the images `tested_on`, after that epoch.
     """
 
     def __init__(self, network: nn.Module, checkpoint: dict):
@@ -35,6 +35,7 @@ class Classifier(nn.Module):
         self.network = network
         self.classes, self.data = checkpoint["classes"], checkpoint["data"]
         self.epoch, self.accuracy = checkpoint["epoch"], checkpoint["accuracy"]
+        self.tested_on = checkpoint.get("tested_on", "test")
         self.register_buffer("mean", torch.tensor(checkpoint["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(checkpoint["std"]).view(3, 1, 1))
 
@@ -69,8 +70,8 @@ def read_picture(path: str | Path) -> torch.Tensor:
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("pictures", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
-    add("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
+    add("pictures", nargs="+", type=nonempty_path, metavar="IMAGE", help="a file, or a folder of them")
+    add("--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
@@ -86,11 +87,12 @@ def main() -> None:
         for pair in zip(values.tolist(), indices.tolist(), strict=True)
     ]
     network = {
-        "checkpoint": args.checkpoint,
+        "checkpoint": str(args.checkpoint),
         "network": type(classifier.network).__name__,
         "trained_on": classifier.data,
         "classes": classifier.classes,
         "epoch": classifier.epoch,
+        "tested_on": classifier.tested_on,
         "test_accuracy": classifier.accuracy,
     }
     if args.json:
@@ -98,8 +100,8 @@ def main() -> None:
         print(json.dumps(network | {"predictions": predictions}, indent=1))
         return
     print(
-        f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the test "
-        f"images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
+        f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
+        f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
     )
     for path, probability in zip(paths, top, strict=True):
         print(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in probability.items())}")

@@ -23,16 +23,17 @@ from typing import NamedTuple
 import torch
 
 import plot
-from harness.command_line import positive_int
+from harness.command_line import positive_int, run_suffix
+from harness.data import load_data
 from harness.files import write_atomically
-from harness.terminal import CommandLine, UserError, handle_signals, run
+from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, run
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
 
 class Row(NamedTuple):
-    """A row of the table. run: the name of its folder; to_reach: percent; after: the row that this one goes on from."""
+    """A row of the table. run: its name with seed 0; to_reach: percent; after: the row that this one goes on from."""
 
     command: str
     run: str
@@ -221,6 +222,14 @@ def write_readme() -> None:
         plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
 
 
+def check_data(records: list[Path], name: str) -> None:
+    """Raise UserError if one of the records is of other data than --data names."""
+    fingerprint = load_data(name).fingerprint() if records else None
+    for record in records:
+        if json.loads(record.read_text())["recipe"]["data"] != fingerprint:
+            raise UserError(f"{record} is of other data than --data {name}; take other --results and --checkpoints")
+
+
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -228,10 +237,16 @@ def main() -> None:
     add("--seeds", type=positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1")
     add("--list", action="store_true", help="only show the rows")
     add("--readme", action="store_true", help="only write the README's tables and pictures anew")
-    add("--data", default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    add("--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)")
     add("--device", default="auto", help="as for the training scripts (default: auto)")
-    add("--checkpoints", type=Path, default=Path("checkpoints/reproduce"), metavar="DIR", help="(default: %(default)s)")
-    add("--results", type=Path, default=RESULTS / "mine", metavar="DIR", help="(default: results/mine)")
+    add(
+        "--checkpoints",
+        type=nonempty_path,
+        default=Path("checkpoints/reproduce"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
+    add("--results", type=nonempty_path, default=RESULTS / "mine", metavar="DIR", help="(default: results/mine)")
     args = parser.parse_args()
 
     if args.readme:
@@ -242,9 +257,13 @@ def main() -> None:
     jobs = []
     for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
         for seed in range(args.seeds):
-            folder = args.checkpoints / f"{ROWS[name].after or name}-seed{seed}" / (ROWS[name].run + synthetic)
+            run = ROWS[name].run + run_suffix(seed, False, args.data)
+            folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
     handle_signals("; the same command goes on")
+    finished = [job.record for job in jobs if job.record.exists()]
+    if not args.list or args.data == "synthetic" or Path(args.data).exists():  # to list the rows downloads nothing
+        check_data(finished, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
         state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"

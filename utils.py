@@ -4,6 +4,7 @@ What no experiment changes stands behind it, one noun a room, in harness/.
 """
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -54,19 +55,25 @@ def dataloaders(
     flip: bool = False,
     crop: bool = False,
     cutout: int = 0,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Data, Loader, Loader]:
     """Load `args.data`; return the dataset, its training loader and its test loader.
 
-    mean, std: of the channels of an image with values from 0 to 1. flip, crop, cutout: how training images are
-    augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
+    With `args.holdout` a tenth of the training images takes the place of the test images.
+
+    mean, std: of the channels of an image with values from 0 to 1. flip, crop, cutout, transform: how training images
+    are augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)
+    if args.holdout:
+        data = data.hold_out()
     common = {"mean": mean, "std": std, "device": device, "dtype": DTYPES[precision]}
     augmentation = {"training": True, "seed": args.seed, "flip": flip, "crop": crop, "cutout": cutout}
+    augmentation["transform"] = transform
     train_loader = Loader(data.train_images, data.train_labels, args.batch_size, **augmentation, **common)
     test_loader = Loader(data.test_images, data.test_labels, TEST_BATCH_SIZE, **common)
-    images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    images = f"{len(data.train_labels)} training and {len(data.test_labels)} {data.tested_on} images"
     print(f"{images} of {len(data.classes)} classes ({data.source}), on {device} in {precision}", flush=True)
     return data, train_loader, test_loader
 

@@ -1,16 +1,16 @@
 """The folder of a run: how it begins, resumes, is saved after each epoch, and ends."""
 
 import argparse
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from harness.files import lock_folder, read_checkpoint, read_first_whole, write_atomically, write_checkpoint
-from harness.processes import RANK, WORLD_SIZE, broadcast
-from harness.records import Records, describe_network, describe_recipe, print_saving
+from harness.files import checkpoint_bytes, read_checkpoint, read_first_whole, write_atomically, write_checkpoint
+from harness.folder import RunFolder, find_best, resumable_files
+from harness.processes import RANK, WORLD_SIZE, broadcast, gather
+from harness.recipe import describe_recipe, describe_script, first_difference, today
+from harness.records import Records, describe_network, print_saving
 from harness.terminal import UserError, handle_signals
 
 
@@ -22,6 +22,7 @@ class Checkpoints:
     """
 
     NETWORK = ("model", "arguments", "classes", "mean", "std")  # must agree before weights are loaded
+    BEST = ("weights", "accuracy", "epoch", "figures")  # what best.pt holds beside the network
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Checkpoints:
     ):
         """Take the parts of a run: of ArgumentParser, load_data, Loader and TrainStep. Nothing is read or written yet.
 
-        base: the name of the run that this one continues the first time, and the command that trains that.
+        base: the experiment that this one continues the first time, and the command that trains it.
         """
         self.args, self.loader, self.train_step, self.scheduler = args, train_loader, train_step, scheduler
         self.model, self.optimizer = train_step.model, train_step.optimizer
@@ -42,23 +43,22 @@ class Checkpoints:
         self.resumed_parts = {"optimizer": train_step.optimizer, "scaler": train_step.scaler}
         if scheduler:
             self.resumed_parts["scheduler"] = scheduler
-        run = "-".join([args.script, *args.experiment])
-        synthetic = data.source == "synthetic"
-        self.data_suffix = "-synthetic" if synthetic else ""
-        self.folder = args.checkpoints / (run + self.data_suffix)
-        self.records = Records(self.folder, "synthetic test" if synthetic else "test", args.tensorboard)
-        self.lock = None  # of the folder, once the run writes into it
+        self.run_folder = RunFolder(args.checkpoints / (args.experiment + args.suffix))
+        self.folder = self.run_folder.path
+        images = f"synthetic {data.tested_on}" if data.source == "synthetic" else data.tested_on
+        self.records = Records(self.folder, images, args.tensorboard)
         self.last_is_whole = True  # last.pt, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
-        self.recipe = describe_recipe(run, args, self.optimizer, data)
-        if scheduler:
-            self.recipe["--epochs"] = args.epochs
+        self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
 
     def epochs_left(self) -> range:
         """Begin or resume the run, as the command line says; return the epochs that are left, counted from 1.
 
         The range is empty after --evaluate and if the run is complete. Raises UserError.
         """
+        for rank, recipe in enumerate(gather(self.recipe)):
+            if difference := first_difference(recipe, self.recipe, set()):
+                raise UserError(f"process {rank} was started with {difference}; start all with the same command")
         epochs_done = self.begin() if RANK == 0 else None
         if WORLD_SIZE > 1:
             parts = {"model": self.model} | self.resumed_parts
@@ -75,22 +75,27 @@ class Checkpoints:
             return self.load_for_evaluation()
         self.train_step.check_batch_size(self.args.batch_size, self.loader.smallest_share)
         if self.folder.exists():
-            self.lock = lock_folder(self.folder)
-        earlier_run = resumable_files(self.folder)
-        paths = self.files_to_resume(earlier_run)
-        epochs_done, foreign_files = self.resume(paths) if paths else (0, {})
-        if earlier_run and (foreign_files or not self.records.rows):
-            self.move_earlier_run()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.lock:
-            self.lock = lock_folder(self.folder)
-        for unfinished in self.folder.glob("*.new"):  # by a process that was killed as it wrote
-            unfinished.unlink()
-        for name, content in foreign_files.items():
-            write_atomically(self.folder / name, content)
-        self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
+            self.run_folder.lock()
+        paths = self.files_to_resume()
+        path, checkpoint = read_first_whole(paths) if paths else (None, None)
+        if checkpoint:
+            self.resume(path, checkpoint)
+        named = path if self.args.resume is True else self.folder / "last.pt"  # other files of its own are a step back
+        if checkpoint and path.resolve() == named.resolve() and path.parent.resolve() == self.folder.resolve():
+            self.last_is_whole = path.name == "last.pt"
+            self.run_folder.own()
+            self.restore_best(checkpoint)
+        else:
+            files = {}
+            if self.records.rows:  # of a checkpoint from elsewhere
+                best = self.best_file(path.parent, checkpoint)
+                files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
+            self.run_folder.begin(files)
+        group = self.optimizer.param_groups[0]
+        self.recipe["lr"] = group.get("initial_lr", group["lr"])
+        self.records.begin_epoch(group["lr"])
         handle_signals(f"; {self.args.resume_command} goes on after the last epoch that was saved")
-        return epochs_done
+        return checkpoint["epoch"] if checkpoint else 0
 
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names; return their epoch."""
@@ -100,45 +105,42 @@ class Checkpoints:
         print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
         return checkpoint["epoch"]
 
-    def move_earlier_run(self) -> None:
-        """Move the run that lies in the folder to <name>.previous, in place of what was there."""
-        kept = self.folder.with_name(f"{self.folder.name}.previous")
-        instead = ", in place of what was there" if kept.exists() else ""
-        shutil.rmtree(kept, ignore_errors=True)
-        self.folder.replace(kept)
-        self.lock = None  # it went with the folder
-        print(f"the run that was in {self.folder} is now in {kept}{instead}", flush=True)
-
-    def files_to_resume(self, own_files: list[Path]) -> list[Path]:
+    def files_to_resume(self) -> list[Path]:
         """Return the checkpoints to resume, best first; none for a new run. Raise UserError if base_run has none."""
         if self.args.resume and self.args.resume is not True:
-            return [Path(self.args.resume)]
-        if self.args.resume and own_files:
+            return [self.args.resume]
+        if self.args.resume and (own_files := resumable_files(self.folder)):
             return own_files
         if self.base_run:
-            folder = self.folder.with_name(self.base_run + self.data_suffix)
+            folder = self.folder.with_name(self.base_run + self.args.suffix)
             if base_files := resumable_files(folder):
                 return base_files
-            command = f"{self.base_command}, with the same --data and --checkpoints,"
+            command = f"{self.base_command}, with the same --data, --seed and --checkpoints,"
             raise UserError(f"no {folder / 'last.pt'}, from which {self.args.script} goes on; run {command} first")
         if self.args.resume:
             print(f"no {self.folder / 'last.pt'} to resume, starting the run", flush=True)
         return []
 
-    def resume(self, paths: list[Path]) -> tuple[int, dict[str, bytes]]:
-        """Load the first of the files that is whole; return its epoch, and the files to copy if it lies elsewhere.
-
-        Raises UserError if it is of another run, unless that is base_run.
-        """
-        path, checkpoint = read_first_whole(paths)
-        if not checkpoint.keys() >= {"recipe", "rows", *self.resumed_parts}:
+    def resume(self, path: Path, checkpoint: dict) -> None:
+        """Load the checkpoint. Raise UserError if it is of another run, unless that is base_run."""
+        if not checkpoint.keys() >= {"recipe", "rows", "optimizer", "scaler"}:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
-        epoch, recipe = checkpoint["epoch"], checkpoint["recipe"]
-        is_base = self.base_run is not None and recipe.get("run") == self.base_run
-        self.check_recipe(path, recipe, ("optimizer", "--batch-size", "--seed", "data") if is_base else self.recipe)
+        epoch, recipe = checkpoint["epoch"], today(checkpoint["recipe"])
+        is_base = self.base_run is not None and recipe["run"] == self.base_run
+        self.check_recipe(path, recipe, is_base)
         if is_base and epoch >= self.args.epochs:
             raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
+        if is_base and epoch < recipe.get("epochs", epoch):
+            raise UserError(
+                f"{path} is after epoch {epoch} of {recipe['epochs']}; finish that run first: "
+                f"{self.base_command} --resume"
+            )
+        if epoch > self.args.epochs:
+            raise UserError(f"{path} has {epoch} epochs behind it, more than --epochs {self.args.epochs}")
+        if not checkpoint.keys() >= self.resumed_parts.keys():
+            raise UserError(f"{path} has no scheduler's state, this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
+        self.check_parameters(path, checkpoint)
         if is_base:  # this script's own rate and weight decay, with the other's moments
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in self.resumed_parts.items():
@@ -146,30 +148,76 @@ class Checkpoints:
                 part.load_state_dict(checkpoint[name])
         if self.args.lr_given:
             self.train_step.change_lr(self.args.lr, self.scheduler)
-        complete = ", which was the last" if epoch >= self.args.epochs else ""
+        complete = ", which was the last" if epoch == self.args.epochs else ""
         print(f"resuming {path} after epoch {epoch}{complete}", flush=True)
-        if is_base:
-            return epoch, {}
-        self.records.rows = checkpoint["rows"]
-        self.last_is_whole = path == self.folder / "last.pt"
-        if path.resolve().parent == self.folder.resolve():
-            return epoch, {}
-        best = path.with_name("best.pt")  # the best so far, until a better epoch comes
-        files = {"best.pt": best.read_bytes()} if best.exists() else {}
-        return epoch, files | {"last.pt": path.read_bytes()}
+        if not is_base:
+            self.records.rows = checkpoint["rows"]
 
-    def check_recipe(self, path: Path, recipe: dict, keys: Iterable[str]) -> None:
-        """Raise UserError if the checkpoint's recipe and this run's differ in one of the keys."""
-        for key in keys:
-            theirs, ours = recipe.get(key), self.recipe[key]
-            if theirs == ours:
-                continue
-            if key == "data":
-                raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
-            if key == "run":
-                resumable = f"{ours} or {self.base_run}" if self.base_run else ours
-                raise UserError(f"{path} is of the run {theirs}; resume one of {resumable}, or start without --resume")
-            raise UserError(f"{path} is of a run with {key} {theirs}, this one has {ours}; make them agree")
+    def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
+        """Raise UserError if the checkpoint's recipe is another than this run's; a base shares only a part of it."""
+        if not is_base and recipe["run"] != self.recipe["run"]:
+            resumable = self.recipe["run"] + (f" or {self.base_run}" if self.base_run else "")
+            raise UserError(
+                f"{path} is of the run {recipe['run']}; resume one of {resumable}, or start without --resume"
+            )
+        if recipe["data"] != self.recipe["data"]:
+            raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
+        if unknown := [name for name, value in self.recipe.items() if value and name not in recipe]:
+            print(f"{path} is of an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
+        ours, may_differ = self.recipe, {"lr"}
+        if is_base:
+            ours = {name: ours[name] for name in ("seed", "holdout", "batch_size")}
+            ours["optimizer"] = {"name": self.recipe["optimizer"]["name"]}
+            recipe = recipe | {"optimizer": {"name": recipe["optimizer"]["name"]}}
+        if self.args.lr_given:
+            may_differ.add("LR")
+        if not self.scheduler:
+            may_differ.add("epochs")
+        if difference := first_difference(recipe, ours, may_differ):
+            raise UserError(f"{path} is of a run with {difference}; make them agree, or start without --resume")
+
+    def check_parameters(self, path: Path, checkpoint: dict) -> None:
+        """Raise UserError if the optimizer's state, which goes by position, is of other parameters than it has now."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        same = [*checkpoint["weights"]] == [*self.model.state_dict()]
+        same &= checkpoint.get("parameters", self.parameter_names()) == self.parameter_names()
+        for position, state in checkpoint["optimizer"]["state"].items():
+            for name, value in state.items():
+                if (
+                    isinstance(value, torch.Tensor) and value.dim() and name not in ("row_var", "col_var")
+                ):  # Adafactor's
+                    same &= position < len(parameters) and value.shape == parameters[position].shape
+        if not same:
+            raise UserError(
+                f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
+                "and the optimizer's state goes by that order; start without --resume"
+            )
+
+    def parameter_names(self) -> list[list[str]]:
+        """Return the names of the optimizer's parameters, by its groups."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [
+            [names.get(id(parameter), "") for parameter in group["params"]] for group in self.optimizer.param_groups
+        ]
+
+    def restore_best(self, checkpoint: dict) -> None:
+        """Make best.pt the best epoch of the log: a run may go on from an epoch before that of best.pt."""
+        path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
+        best = self.best_file(self.folder, checkpoint)
+        if best and not (path.exists() and path.read_bytes() == best):
+            write_atomically(path, best, keep=previous)
+        elif not best and path.exists():
+            path.replace(previous)
+
+    def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
+        """Return the best epoch's file, found in the folder or made of the checkpoint; None, and a line, without it."""
+        row = self.records.best_row()
+        if path := find_best(folder, row, {key: self.network[key] for key in self.NETWORK}):
+            return path.read_bytes()
+        if row["epoch"] == checkpoint["epoch"]:
+            return checkpoint_bytes({key: checkpoint[key] for key in (*self.network, *self.BEST) if key in checkpoint})
+        print(f"no best.pt of epoch {row['epoch']}, the best so far; the next better one will be kept", flush=True)
+        return None
 
     def load_weights(self, path: Path, checkpoint: dict, keys: tuple[str, ...]) -> None:
         """Load the checkpoint's weights. Raise UserError if its network and this run's differ in one of the keys."""
@@ -189,19 +237,23 @@ class Checkpoints:
         """
         if RANK > 0:
             return
+        self.run_folder.check()
         weights = self.model.state_dict()
         if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
             raise UserError(f"the weights are not finite after epoch {epoch}; take a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
         is_best = row is self.records.best_row()
+        figures = {name: value for name, value in row.items() if name != "seconds"}
         state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
+        state["figures"] = figures
         if is_best:
             print_saving("best for inference")
-            write_checkpoint(self.folder / "best.pt", state)
+            write_checkpoint(self.folder / "best.pt", state, keep=self.folder / "best.previous.pt")
         print_saving("best checkpoint for training resume" if is_best else "checkpoint for training resume")
         self.records.write_log()
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
-        state |= {"recipe": self.recipe, "rows": self.records.rows}
+        state |= {"recipe": self.recipe, "script": describe_script(), "rows": self.records.rows}
+        state["parameters"] = self.parameter_names()
         (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
         write_checkpoint(self.folder / "last.pt", state, keep=previous)
@@ -220,21 +272,18 @@ class Checkpoints:
         self.records.print_table(accuracy, per_class)
         if self.args.evaluate:
             return
+        self.run_folder.check()
         self.records.print_end()
         self.records.write_log()
         if (self.folder / "run.json").exists():
             return  # a complete run was resumed; its record says where and when it was trained
-        lr = self.optimizer.param_groups[0].get("initial_lr", self.records.lr)
         run = {
             "run": self.folder.name,
             "command": self.args.command,
-            "recipe": self.recipe | {"--epochs": self.args.epochs, "--lr": lr},
+            "script": describe_script(),
+            "recipe": self.recipe,
             "data": self.network["data"],
+            "tested_on": self.network["tested_on"],
         }
         figures = {"accuracy": accuracy, "per_class": per_class, "confusion": confusion.tolist()}
         self.records.write_record(run, figures, self.loader.device, self.loader.dtype)
-
-
-def resumable_files(folder: Path) -> list[Path]:
-    """Return last.pt and last.previous.pt of a run's folder, those that exist."""
-    return [path for path in (folder / "last.pt", folder / "last.previous.pt") if path.exists()]

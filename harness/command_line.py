@@ -5,12 +5,12 @@ import importlib.util
 import math
 import shlex
 import sys
-from itertools import chain
+import urllib.parse
 from pathlib import Path
 
 from harness.devices import DTYPES
 from harness.processes import WORLD_SIZE
-from harness.terminal import CommandLine
+from harness.terminal import CommandLine, data_folder, nonempty_path
 
 
 class ArgumentParser(CommandLine):
@@ -25,7 +25,8 @@ class ArgumentParser(CommandLine):
         """Take the recipe's numbers. epochs: a dict holds a number for each experiment; the script picks its own."""
         super().__init__(description)
         add = self.add_argument
-        add("--data", default="data", metavar="DIR", help="CIFAR-10 or class folders, or 'synthetic' (default: data)")
+        help = "CIFAR-10 or class folders, or 'synthetic' (default: data)"
+        add("--data", type=data_folder, default="data", metavar="DIR", help=help)
         counts = epochs
         if isinstance(epochs, dict):
             counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
@@ -35,37 +36,48 @@ class ArgumentParser(CommandLine):
         add("--seed", type=seed_int, default=0, metavar="N", help="(default: %(default)s)")
         add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
-        add("--checkpoints", type=Path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
+        add("--checkpoints", type=nonempty_path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
+        add("--holdout", action="store_true", help="test on a tenth of the training images, which are not trained on")
         add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into the run's folder")
         mode = self.add_mutually_exclusive_group()
         add = mode.add_argument
-        add("--resume", nargs="?", const=True, metavar="FILE", help="go on from this run's last.pt, or from FILE")
-        add("--evaluate", nargs="?", const=True, metavar="FILE", help="only test this run's last.pt, or FILE")
+        add(
+            "--resume",
+            nargs="?",
+            type=nonempty_path,
+            const=True,
+            metavar="FILE",
+            help="go on from this run's last.pt, or from FILE",
+        )
+        add(
+            "--evaluate",
+            nargs="?",
+            type=nonempty_path,
+            const=True,
+            metavar="FILE",
+            help="only test this run's last.pt, or FILE",
+        )
         self.recipe_lr = lr
         self.common = {action.dest for action in self._actions}
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Return the flags, and with them how this command line is told.
 
-        script: the script's name; experiment: the values of its own flags where they are given, a bare flag's name
-        otherwise; command: the line without its paths; resume_command: the line that resumes the run; lr_given: bool.
+        experiment: the script's name with its own flags; own_flags: the names of these in the namespace; suffix: what
+        stands behind the experiment in the run's name; command: the line without its paths; resume_command: the line
+        that resumes the run; lr_given: bool.
         """
+        argv = sys.argv[1:] if argv is None else argv
         args = super().parse_args(argv)
-        given = {}  # the flags that are not at their default, as words of a command line
-        for action in self._actions:
-            flag, value = action.option_strings[0], getattr(args, action.dest, None)
-            if value not in (None, action.default):
-                given[action.dest] = [flag] if value is True else [flag, str(value)]
+        own = [action for action in self._actions if action.dest not in self.common]
+        args.own_flags = [action.dest for action in own]
         args.script = Path(self.prog).stem
-        args.experiment = [words[-1].removeprefix("--") for dest, words in given.items() if dest not in self.common]
-        told = {
-            dest: words[:1] if dest == "resume" else words
-            for dest, words in given.items()
-            if dest not in ("data", "checkpoints") or words[1] == "synthetic"
-        }
-        args.command = " ".join(["python", self.prog, *chain(*told.values())])
-        given.pop("resume", None)
-        args.resume_command = shlex.join(["python", sys.argv[0], *chain(*given.values()), "--resume"])
+        args.experiment = "-".join([args.script, *filter(None, (name_of(action, args, own) for action in own))])
+        args.suffix = run_suffix(args.seed, args.holdout, args.data)
+        told = without(argv, "--data", "--checkpoints", "--resume", "--evaluate")
+        told += ["--data", "synthetic"] * (args.data == "synthetic") + ["--resume"] * bool(args.resume)
+        args.command = shlex.join(["python", self.prog, *told])
+        args.resume_command = shlex.join(["python", sys.argv[0], *without(argv, "--resume"), "--resume"])
         if WORLD_SIZE > 1:
             args.resume_command = "the same torchrun command with --resume"
         args.lr_given = args.lr is not None
@@ -73,6 +85,52 @@ class ArgumentParser(CommandLine):
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             self.error("--tensorboard needs a package that is not installed: pip install tensorboard")
         return args
+
+
+def run_suffix(seed: int, holdout: bool, data: str) -> str:
+    """Return what a run's name has behind its experiment, such as "-seed2"."""
+    parts = {f"-seed{seed}": seed != 0, "-holdout": holdout, "-synthetic": data == "synthetic"}
+    return "".join(part for part, is_so in parts.items() if is_so)
+
+
+def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argparse.Action]) -> str | None:
+    """Return what one of the script's own flags adds to the run's name; None at its default.
+
+    A choice stands for itself, another value follows its flag's name: no two values give the same name.
+    """
+    value = getattr(args, action.dest)
+    if value is None or value == action.default:
+        return None
+    flags = [option.lstrip("-") for option in action.option_strings] or [action.dest]
+    if action.const not in (None, value):  # another flag has set it
+        return None
+    if isinstance(value, bool):  # --flip, --no-flip, or both
+        return next((flag for flag in flags if flag.startswith("no-") != value), flags[0])
+    text = "+".join(map(quote, value)) if isinstance(value, list | tuple) else quote(value)
+    others = [other for other in own if other is not action]
+    names = [option.lstrip("-") for other in others for option in other.option_strings or [other.dest]]
+    taken = {"holdout", "synthetic", *names, *(quote(choice) for other in others for choice in other.choices or ())}
+    if action.choices is not None and text not in taken and not text.startswith("seed"):
+        return text
+    one_begins_another = any(name.startswith(flags[0]) or flags[0].startswith(name) for name in names)
+    return f"{flags[0]}{'=' if one_begins_another else ''}{text}"
+
+
+def quote(value: object) -> str:
+    """Return a flag's value as part of a folder's name: a slash becomes %2F."""
+    return urllib.parse.quote(str(value), safe=" =")
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """Return the words of a command line without these flags and their values."""
+    kept, is_value = [], False
+    for word in words:
+        is_value = is_value and not word.startswith("-")
+        if word in flags or is_value:
+            is_value = word in flags
+        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept.append(word)
+    return kept
 
 
 def positive_int(text: str) -> int:

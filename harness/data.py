@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import make_dataset
+from torchvision.datasets.folder import has_file_allowed_extension
 from torchvision.datasets.utils import check_integrity
 
 from harness.download import CIFAR10_MIRRORS, CIFAR10_SHA256, CIFAR10_SIZE, provide_folder
@@ -29,6 +29,7 @@ class Data(NamedTuple):
     test_labels: torch.Tensor
     classes: list[str]  # in the order of the labels
     source: str  # "CIFAR-10 archive", "class folders" or "synthetic"
+    tested_on: str = "test"  # which images the test images are, "held-out training" after `hold_out`
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over every image, label and class name, in order: 64 hexadecimal digits."""
@@ -36,6 +37,27 @@ class Data(NamedTuple):
         for tensor in self[:4]:
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
+
+    def hold_out(self) -> "Data":
+        """Return the dataset with every tenth training image of each class as its test images: of CIFAR-10, 5,000.
+
+        Recipes are chosen on these, so that the test images stay unseen. Raises UserError if a class has fewer than 2.
+        """
+        held_out = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for label, name in enumerate(self.classes):
+            indices = (self.train_labels == label).nonzero().flatten()
+            if len(indices) < 2:
+                raise UserError(f"--holdout: the class {name} has {len(indices)} training image; it needs two or more")
+            held_out[indices[len(indices[:10]) - 1 :: 10]] = True
+        kept = ~held_out
+        images, labels = self.train_images, self.train_labels
+        return self._replace(
+            train_images=images[kept],
+            train_labels=labels[kept],
+            test_images=images[held_out],
+            test_labels=labels[held_out],
+            tested_on="held-out training",
+        )
 
 
 def load_data(name: str) -> Data:
@@ -53,7 +75,21 @@ def load_data(name: str) -> Data:
     original = (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
     if not original and ((root / "train").is_dir() or (root / "test").is_dir()):
         return read_class_folders(root)
+    if not original:
+        check_is_free(root)
     return read_original(root)
+
+
+def check_is_free(root: Path) -> None:
+    """Raise UserError if a folder that CIFAR-10 would be downloaded into holds something else."""
+    others = [path.name for path in root.iterdir()] if root.is_dir() else []
+    others = sorted(name for name in others if name[0] != "." and name != f"{CIFAR10.filename}.part")
+    if others:
+        raise UserError(
+            f"{root} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, but no {CIFAR10.filename}, no "
+            f"{CIFAR10.base_folder} and no train/ and test/ with class folders; name a folder that holds one of these, "
+            "or a new one, into which CIFAR-10 is downloaded"
+        )
 
 
 def read_original(
@@ -118,12 +154,22 @@ def list_images(folder: Path) -> dict[str, list[str]]:
 def find_images(folder: Path) -> list[str]:
     """Return the paths of the files under `folder` that Pillow has a format for, except hidden ones.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if a link below leads to another folder: its images might be another class's.
     """
     Image.init()
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-    found = make_dataset(folder.parent, {folder.name: 0}, extensions=extensions, allow_empty=True)
-    images = [path for path, _ in found if not os.path.basename(path).startswith(".")]
+    images = []
+    for parent, folders, names in sorted(os.walk(folder)):
+        if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
+            continue
+        for link in (os.path.join(parent, name) for name in folders if name[0] != "."):
+            if os.path.islink(link):
+                raise UserError(f"{link} is a link to a folder; put its images there, or take it out")
+        images += [
+            os.path.join(parent, name)
+            for name in sorted(names)
+            if has_file_allowed_extension(name, extensions) and name[0] != "."
+        ]
     if not images:
         raise UserError(f"{folder} holds no image; fill the folder or delete it")
     return images
@@ -135,6 +181,8 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     An image of another size is refused, or with `resize` averaged over boxes, all of it, whatever its shape.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} is no file; take it out")  # to read a pipe would wait for ever
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # Pillow's advice on palettes; a huge image is refused below
             if image.size != (32, 32) and not resize:

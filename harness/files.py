@@ -1,5 +1,6 @@
-"""Files written whole or not at all, checkpoint files, which are checked before they are loaded, and locks."""
+"""Files written whole or not at all, and checkpoint files, which are checked before they are loaded."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -8,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from harness.terminal import UserError
 
@@ -32,6 +32,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, keep)
         os.replace(new, path)
+        sync_folder(path.parent)
     except BaseException as error:
         new.unlink(missing_ok=True)
         if not isinstance(error, OSError):  # a signal, say
@@ -39,11 +40,26 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some network file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_checkpoint(path: Path, state: dict, keep: Path | None = None) -> None:
     """Write a dict of plain values and tensors, for `read_checkpoint`. See `write_atomically`."""
+    write_atomically(path, checkpoint_bytes(state), keep)
+
+
+def checkpoint_bytes(state: dict) -> memoryview:
+    """Return the content of a checkpoint file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer(), keep)
+    return buffer.getbuffer()
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -78,18 +94,6 @@ def read_first_whole(paths: list[Path]) -> tuple[Path, dict]:
             if path == paths[-1]:
                 raise
             print(f"{error}; taking the one before", flush=True)
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Lock a run's folder until the process ends. Raise UserError if another process holds it."""
-    lock, owner = FileLock(folder / ".lock"), folder / ".pid"  # a killed process lets go of a FileLock
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = f"process {owner.read_text()}" if owner.exists() else "another process"
-        raise UserError(f"{folder} is in use by {who}; wait for it, or take other --checkpoints") from None
-    owner.write_text(str(os.getpid()))
-    return lock
 
 
 def sha256_of(path: Path) -> str:

@@ -84,6 +84,14 @@ def broadcast(value: object, device: torch.device) -> object:
     return torch.load(io.BytesIO(shared[0]), map_location="cpu", weights_only=True)
 
 
+def gather(value: object) -> list:
+    """Return every process's `value`, in the order of their ranks."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process rank 0's buffers: batch-norm's statistics differ between processes that train."""
     if WORLD_SIZE > 1:

@@ -89,6 +89,18 @@ def progress_bar(*args, **kwargs) -> tqdm:
     return tqdm(*args, **kwargs, file=sys.stdout, disable=not sys.stdout.isatty())
 
 
+def nonempty_path(text: str) -> Path:
+    """Return the path that a flag names; an empty one is most often a variable of the shell that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def data_folder(text: str) -> str:
+    """Return what --data names, a folder or "synthetic"."""
+    return text if text == "synthetic" else str(nonempty_path(text))
+
+
 class CommandLine(argparse.ArgumentParser):
     """argparse's parser, which answers a mistake with one line and exit status 2."""
 

@@ -53,7 +53,7 @@ def refused(script):
 
     def run(name, *flags, before=None):
         done = script(name, *flags, status=2, before=before)
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{name}: error: "), done.stderr
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{Path(name).name}: error: "), done.stderr
         return done.stderr
 
     return run

@@ -75,7 +75,7 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/archive", "is damaged or not CIFAR-10 (wrong SHA-256)"),
         ("cifar10_r1.py --data {}/batches", "data_batch_1 is missing or damaged"),
         ("cifar10_r1.py --data {}/file/below", "Not a directory"),
-        ("cifar10_r1.py --data {}/good --checkpoints {}/file", "Not a directory"),
+        ("cifar10_r1.py --data {}/good --checkpoints {}/file", "file/cifar10_r1 cannot be written: "),
         ("cifar10_r1.py --data {}/good --evaluate {}/good", "good cannot be read: Is a directory"),
         ("cifar10_r1.py --data {}/good --evaluate {}/file", "file is damaged or no checkpoint"),
         ("cifar10_r1.py --data {}/good --resume nothing.pt", "nothing.pt cannot be read: No such file"),

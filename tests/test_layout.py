@@ -17,7 +17,9 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "loader": "terminal processes",
     "training": "terminal processes devices",
     "records": "files devices processes",
-    "checkpoints": "terminal files records processes",
+    "recipe": "files",
+    "folder": "terminal files",
+    "checkpoints": "terminal files processes recipe records folder",
 }
 OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 

@@ -32,7 +32,7 @@ def test_interrupted_twice_and_finished(start, script, tmp_path):
     folders = write_images(tmp_path / "pictures", train=300)
     script(R1, "--data", folders, "--flip", "--seed", 1)  # the same, by hand
     flags = ["--only", "r1-flip", "--seeds", 2, "--data", folders, "--results", "mine"]
-    done = [tmp_path / f"checkpoints/reproduce/r1-flip-seed{seed}/cifar10_r1-flip" for seed in (0, 1)]
+    done = [tmp_path / f"checkpoints/reproduce/cifar10_r1-flip{suffix}" for suffix in ("", "-seed1")]
     for folder, number, status in ((done[0], signal.SIGTERM, 143), (done[1], signal.SIGINT, 130)):
         process = start("reproduce.py", *flags)
         wait_for_epochs(process, folder, 3)
@@ -47,9 +47,9 @@ def test_interrupted_twice_and_finished(start, script, tmp_path):
     assert re.search(r"resuming .* after epoch \d+", out) and re.search(r"epoch:25/26 .*; \d+ s left", out)
 
     records = [json.loads((tmp_path / f"mine/r1-flip-seed{seed}.json").read_text()) for seed in (0, 1)]
-    by_hand = json.loads((tmp_path / "checkpoints/cifar10_r1-flip/run.json").read_text())
+    by_hand = json.loads((tmp_path / "checkpoints/cifar10_r1-flip-seed1/run.json").read_text())
     assert figures(records[1]) == figures(by_hand) != figures(records[0])
-    assert [record["recipe"]["--seed"] for record in records] == [0, 1]
+    assert [record["recipe"]["seed"] for record in records] == [0, 1]
     assert str(tmp_path) not in json.dumps(records)
     header, row = (re.split(r" {2,}", line) for line in out.splitlines()[-2:])
     assert header[:2] == ["row", "to reach"] and header[-1] == "mine"
@@ -65,17 +65,25 @@ def test_r3_comes_after_r2(script):
 
 def test_synthetic_records_are_kept_apart(start, script, tmp_path):
     process = start("reproduce.py", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine")
-    wait_for_epochs(process, tmp_path / "checkpoints/reproduce/r1-seed0/cifar10_r1-synthetic", 1)
+    wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1-synthetic", 1)
     process.terminate()
     process.join(60)
     assert process.exitcode == 143
     assert not (tmp_path / "mine").exists()
 
-    flags = ["--list", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine"]
-    for folder, state in (("mine", " epochs done: "), ("mine-synthetic", ", finished: ")):
-        (tmp_path / folder).mkdir()
-        shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / folder)
-        assert state in script("reproduce.py", *flags).stdout
+    flags = ["--list", "--only", "r1", "--results", tmp_path / "mine", "--data"]
+    (tmp_path / "mine").mkdir()
+    shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
+    assert " epochs done: " in script("reproduce.py", *flags, "synthetic").stdout
+    assert ", finished: " in script("reproduce.py", *flags, "not-downloaded-yet").stdout
+
+
+def test_a_record_of_other_data_is_no_record_of_this(refused, tmp_path, folders):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
+    for flags in ([], ["--list"]):
+        line = refused("reproduce.py", "--only", "r1", "--results", "mine", "--data", folders, *flags)
+        assert "mine/r1-seed0.json is of other data than --data" in line
 
 
 def test_a_row_that_fails_says_which(script, tmp_path):
@@ -97,7 +105,8 @@ def test_each_record_is_of_its_row(name, row):
         for record in rows.get(name, []):
             command = re.sub(" --(resume|seed \\d+|device \\w+)", "", record["command"])
             assert sorted(command.split()) == sorted(["python", *row.command.removesuffix(" --resume").split()])
-            assert record["run"] == row.run and record["data"] != "synthetic"
+            seed = record["recipe"].get("seed", 0)  # before the seed was in a run's name, its key was "--seed"
+            assert record["run"] == row.run + reproduce.run_suffix(seed, False, "") and record["data"] != "synthetic"
 
 
 def test_readme_says_what_the_records_say():

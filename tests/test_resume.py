@@ -22,7 +22,7 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_p
     write_images(tmp_path / "data", train=8, test=4)
     name, *flags = [*command, "--batch-size", 12, "--lr", 0.01, "--epochs", 5, "--resume"]
     script(name, *flags, "--checkpoints", "whole")
-    (whole,) = (tmp_path / "whole").iterdir()
+    (whole,) = (tmp_path / "whole").glob("[!.]*")
     record = json.loads((whole / "run.json").read_text())
     epoch_seconds = min(row["seconds"] for row in record["epochs"])  # a process's first one takes longer
     parts, moments = tmp_path / "parts" / whole.name, random.Random(0)
@@ -119,25 +119,26 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     assert best["mean"] == [0.4914, 0.4822, 0.4465] and best["epoch"] > 2
     out = script(R3, *flags, 4).stdout  # without --resume it is that experiment again, from r2's last epoch
     assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
-    assert "the run that was in checkpoints/cifar10_r3 is now in checkpoints/cifar10_r3.previous\n" in out
+    assert "the run that was in checkpoints/cifar10_r3 is now in checkpoints/cifar10_r3.earlier1\n" in out
     assert re.sub(rb"[^,]*\n", b"\n", first) == re.sub(rb"[^,]*\n", b"\n", (r3 / "log.csv").read_bytes())
     assert before == {path.name: path.read_bytes() for path in r2.iterdir()}
-    assert "--seed 0, this one has 1" in refused(R3, *flags, 9, "--seed", 1, "--resume")
+    line = refused(R3, *flags, 9, "--seed", 1, "--resume")
+    assert "no checkpoints/cifar10_r2-crop-seed1/last.pt, from which cifar10_r3 goes on; run python" in line
     line = refused(R2, *flags, 9, "--crop", "--resume", r3 / "last.pt")
     assert "is of the run cifar10_r3; resume one of cifar10_r2-crop, or start without --resume" in line
 
 
-def test_the_run_before_is_taken_up_again(script, tmp_path, folders):
+def test_an_earlier_run_is_taken_up_again(script, tmp_path, folders):
     """--resume was forgotten, and a new run has begun in the place of the one that was to go on."""
     flags = [R1, "--data", folders, "--epochs"]
     script(*flags, 3)
     folder = tmp_path / "checkpoints/cifar10_r1"
     best = (folder / "best.pt").read_bytes()
-    script(*flags, 1, "--seed", 1)
-    previous = folder.with_name("cifar10_r1.previous")
-    out = script(*flags, 3, "--resume", previous / "last.pt").stdout
-    assert "is now in checkpoints/cifar10_r1.previous, in place of what was there\n" in out
-    assert (folder / "best.pt").read_bytes() == best and len(log(folder)) == 3 and len(log(previous)) == 1
+    script(*flags, 1)
+    one, two = (folder.with_name(f"cifar10_r1.earlier{number}") for number in (1, 2))
+    out = script(*flags, 3, "--resume", one / "last.pt").stdout
+    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.earlier2\n" in out
+    assert (folder / "best.pt").read_bytes() == best and [len(log(path)) for path in (folder, one, two)] == [3, 3, 1]
     assert "resuming checkpoints/cifar10_r1/last.pt after epoch 3\n" in script(*flags, 4, "--resume").stdout
 
 

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_record(script, tmp_path, folders):
     rows, record = log(folder), json.loads((folder / "run.json").read_text())
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and {row["lr"] for row in rows} == {"0.02"}
     assert record["command"] == "python cifar10_r1.py --epochs 3 --lr 0.02 --flip"
-    assert record["recipe"]["--seed"] == 0 and len(record["recipe"]["data"]) == 64
+    assert record["recipe"]["seed"] == 0 and len(record["recipe"]["data"]) == 64
     assert record["accuracy"] == float(rows[-1]["test_accuracy"])
     assert sum(record["per_class"].values()) / 3 == pytest.approx(record["accuracy"])
     assert record["best_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_run_never_interrupted(script, tmp_path, folders, f
     script(name, *flags, "--epochs", 4, "--checkpoints", "whole")
     script(name, *flags, "--epochs", 1, "--checkpoints", "parts")
     script(name, *flags, "--epochs", 3, "--checkpoints", "parts", "--resume")
-    (run,) = (path.name for path in (tmp_path / "parts").iterdir())
+    (run,) = (path.name for path in (tmp_path / "parts").glob("[!.]*"))
     out = script(name, *flags, "--epochs", 4, "--checkpoints", "parts", "--resume").stdout
     assert f"resuming parts/{run}/last.pt after epoch 3\n" in out
     whole, parts = tmp_path / "whole" / run, tmp_path / "parts" / run
@@ -108,8 +108,8 @@ def test_a_checkpoint_from_elsewhere_is_resumed_here(script, tmp_path, folders):
     out = script(*flags, "--epochs", 3, "--resume", "there/cifar10_r1/last.pt").stdout
     assert "resuming there/cifar10_r1/last.pt after epoch 2\n" in out
     here = tmp_path / "checkpoints/cifar10_r1"
-    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.previous\n" in out
-    assert len(log(here)) == 3 and len(log(here.with_name("cifar10_r1.previous"))) == 1
+    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.earlier1\n" in out
+    assert len(log(here)) == 3 and len(log(here.with_name("cifar10_r1.earlier1"))) == 1
     assert (here / "best.pt").exists()
     out = script(*flags, "--epochs", 3, "--resume", here / "last.pt").stdout  # its own file by name: nothing moves
     assert "is now in" not in out and len(log(here)) == 3
@@ -152,14 +152,23 @@ def test_evaluate_prints_the_table_and_writes_nothing(script, tmp_path, folders)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_new_run_keeps_the_one_before(script, tmp_path, folders):
-    flags = [R1, "--data", folders, "--epochs", 1]
-    script(*flags, "--seed", 1)
-    before = (tmp_path / "checkpoints/cifar10_r1/best.pt").read_bytes()
-    out = script(*flags, "--seed", 2).stdout
-    assert "the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.previous\n" in out
-    assert (tmp_path / "checkpoints/cifar10_r1.previous/best.pt").read_bytes() == before
-    assert (tmp_path / "checkpoints/cifar10_r1/best.pt").read_bytes() != before
+def test_no_run_deletes_an_earlier_one(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs", 1, "--lr"]
+    run, best = tmp_path / "checkpoints/cifar10_r1", []
+    for number, lr in enumerate((0.01, 0.02, 0.03)):
+        out = script(*flags, lr).stdout
+        moved = f"the run that was in checkpoints/cifar10_r1 is now in checkpoints/cifar10_r1.earlier{number}\n"
+        assert (moved in out) == (number > 0)
+        best.append((run / "best.pt").read_bytes())
+    kept = [run.with_name("cifar10_r1.earlier1"), run.with_name("cifar10_r1.earlier2"), run]
+    assert [(folder / "best.pt").read_bytes() for folder in kept] == best and len(set(best)) == 3
+
+
+def test_a_loop_over_seeds_gives_as_many_folders(script, tmp_path, folders):
+    for seed in (0, 1, 2):
+        script(R1, "--data", folders, "--epochs", 1, "--seed", seed)
+    runs = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*"))
+    assert runs == ["cifar10_r1", "cifar10_r1-seed1", "cifar10_r1-seed2"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "one byte", "gone"])
@@ -243,7 +252,7 @@ def test_what_a_run_refuses(refused, script, tmp_path, folders):
     folder = tmp_path / "checkpoints/cifar10_r1"
     last = folder / "last.pt"
     assert "batch-size 64, this one has 32" in refused(R1, *flags, "--resume", "--batch-size", 32)
-    assert "--seed 0, this one has 7" in refused(R1, *flags, "--resume", "--seed", 7)
+    assert "--seed 0, this one has 7" in refused(R1, *flags, "--resume", last, "--seed", 7)
     assert "is of the run cifar10_r1; resume one of cifar10_r1-flip" in refused(R1, *flags, "--flip", "--resume", last)
     assert "is of the run cifar10_r1; resume one of cifar10_r2" in refused(R2, *flags, "--resume", last)
     assert "model TutorialCNN, this run's has ResNet18" in refused(R2, *flags, "--evaluate", last)

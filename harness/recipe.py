@@ -1,0 +1,153 @@
+"""The recipe: all that makes a run's experiment, under plain names, and how two of them differ."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from harness.files import sha256_of
+
+# What a run may change as it goes on, or what depends on the machine. The rates are compared as LR.
+LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
+IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
+DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # constants that a common flag replaces; its own value is compared
+AUGMENTATION = ("flip", "crop", "cutout", "transform")  # attributes of a Loader
+LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
+
+
+def describe_recipe(
+    experiment: str, args: argparse.Namespace, data, train_loader, train_step, scheduler: LRScheduler | None
+) -> dict:
+    """Return the recipe, of plain values: what must agree before a run is resumed.
+
+    experiment: the run's name without its seed. The other arguments are those of Checkpoints, not yet resumed.
+    """
+    names = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.isupper()}
+    model, criterion = train_step.model, train_step.criterion
+    return {
+        "run": experiment,
+        "constants": {name: plain(value) for name, value in names.items() if not isinstance(value, ModuleType)},
+        "flags": {name: plain(getattr(args, name)) for name in args.own_flags},
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seed": args.seed,
+        "holdout": args.holdout,
+        "optimizer": describe_optimizer(train_step.optimizer, args.lr),
+        "scheduler": describe_scheduler(scheduler, args.epochs),
+        "criterion": {"name": type(criterion).__name__, **settings(vars(criterion), {"training"})},
+        "augmentation": {name: plain(getattr(train_loader, name)) for name in AUGMENTATION},
+        "network": {"name": type(model).__name__, "arguments": plain(model.arguments)},
+        "normalisation": {"mean": plain(train_loader.mean), "std": plain(train_loader.std)},
+        "data": data.fingerprint(),
+    }
+
+
+def describe_script() -> dict[str, str | None]:
+    """Return the script's name and its SHA-256; they are recorded, not compared, since a comment may change."""
+    path = Path(sys.argv[0])
+    return {"name": path.name, "sha256": sha256_of(path) if path.is_file() else None}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> dict:
+    """Return the optimizer's name and its settings; the rate of a group as a multiple of `lr`."""
+    groups = []
+    for group in optimizer.param_groups:
+        multiple = round(float(group.get("initial_lr", group["lr"])) / lr, 6)
+        own = settings(group, LEARNING_RATES | IMPLEMENTATION)
+        groups.append({"parameters": len(group["params"]), "lr_multiple": multiple, **own})
+    if len(groups) > 1:
+        return {"name": type(optimizer).__name__, **{f"group{i}": group for i, group in enumerate(groups)}}
+    return {"name": type(optimizer).__name__, **groups[0]}
+
+
+def describe_scheduler(scheduler: LRScheduler | None, epochs: int) -> dict:
+    """Return the scheduler's name and its settings, those of a LambdaLR as its factors by epoch."""
+    if not scheduler:
+        return {"name": None}
+    name = type(scheduler).__name__
+    if isinstance(scheduler, LambdaLR):  # its state leaves the functions out
+        return {
+            "name": name,
+            "factors": [[round(float(f(epoch)), 9) for epoch in range(epochs)] for f in scheduler.lr_lambdas],
+        }
+    return {"name": name, **settings(scheduler.state_dict(), LEARNING_RATES)}
+
+
+def settings(values: dict, without: set[str]) -> dict:
+    """Return the plain values of a dict but for private names, tensors and what is in `without`."""
+    return {
+        name: plain(value, without)
+        for name, value in values.items()
+        if name not in without and not isinstance(value, torch.Tensor) and (name[0] != "_" or name == "_schedulers")
+    }
+
+
+def plain(value: object, without: set[str] = frozenset()) -> object:
+    """Return the value as JSON has it: what JSON lacks becomes a list or a text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(name): plain(member, without) for name, member in value.items() if name not in without}
+    if isinstance(value, list | tuple | range):
+        return [plain(member, without) for member in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if hasattr(value, "tolist"):  # of NumPy and PyTorch
+        return plain(value.tolist())
+    if callable(value) and not isinstance(value, nn.Module):
+        value = getattr(value, "__qualname__", value)
+    return re.sub(r" at 0x\w+", "", str(value))  # an address differs from process to process
+
+
+def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    """Return the values of nested dicts, each by the names that lead to it."""
+    flat = {}
+    for name, value in recipe.items():
+        flat |= flatten(value, (*names, name)) if isinstance(value, dict) else {(*names, name): value}
+    return flat
+
+
+def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
+    """Return what differs first between two recipes, as words for an error, or None.
+
+    may_differ: names of constants or of the recipe's own values. A section that one of them lacks is not compared.
+    """
+    common = theirs.keys() & ours.keys()
+    one, other = (flatten({name: recipe[name] for name in ours if name in common}) for recipe in (theirs, ours))
+    for names in other | one:
+        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS):
+            continue
+        lacking = not (names in one and names in other)
+        if lacking and names[0] in LIBRARY:
+            continue
+        was, now = one.get(names), other.get(names)
+        if was == now or (lacking and not (was or now)):  # a new setting that is off is no difference
+            continue
+        label = {"constants": names[-1], "flags": f"--{names[-1]}"}.get(names[0], " ".join(names))
+        if len(names) == 1:
+            label = f"--{label}"
+        return f"{label.replace('_', '-') if label[0] == '-' else label} {shorten(was)}, this one has {shorten(now)}"
+    return None
+
+
+def shorten(value: object) -> str:
+    """Return a value as text of up to 60 characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def today(recipe: dict) -> dict:
+    """Return a recipe that an earlier version wrote, under today's names; it has fewer of them."""
+    if "constants" in recipe:
+        return recipe
+    optimizer = {"name": recipe.get("optimizer")}
+    optimizer |= {name: recipe[name] for name in ("momentum", "weight_decay") if name in recipe}
+    flags = {"--epochs": "epochs", "--batch-size": "batch_size", "--seed": "seed"}
+    kept = {new: recipe[old] for old, new in flags.items() if old in recipe}
+    return {"run": recipe.get("run"), **kept, "optimizer": optimizer, "data": recipe.get("data")}
