@@ -61,9 +61,8 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> dict:
         multiple = round(float(group.get("initial_lr", group["lr"])) / lr, 6)
         own = settings(group, LEARNING_RATES | IMPLEMENTATION)
         groups.append({"parameters": len(group["params"]), "lr_multiple": multiple, **own})
-    if len(groups) > 1:
-        return {"name": type(optimizer).__name__, **{f"group{i}": group for i, group in enumerate(groups)}}
-    return {"name": type(optimizer).__name__, **groups[0]}
+    several = {f"group{i}": group for i, group in enumerate(groups)}
+    return {"name": type(optimizer).__name__, "groups": len(groups), **(groups[0] if len(groups) == 1 else several)}
 
 
 def describe_scheduler(scheduler: LRScheduler | None, epochs: int) -> dict:

@@ -74,7 +74,8 @@ class Records:
         """Print the best epoch, and where the run's files are."""
         best = self.best_row()
         print(f"Best epoch, chosen on the {self.images} images: {best['epoch']} with {best['test_accuracy']:.1f} %")
-        print(f"best.pt, last.pt, log.csv and run.json are in {self.folder}")
+        names = [name for name in ("best.pt", "last.pt", "log.csv") if (self.folder / name).exists()]
+        print(f"{', '.join(names)} and run.json are in {self.folder}")
 
     def write_log(self) -> None:
         """Write log.csv anew."""

@@ -53,6 +53,15 @@ def odd(tmp_path_factory):
     (root / "no test/train").mkdir(parents=True)
     write_images(root / "names", classes=("a class with spaces", "ümläut", "猫"), train=4, test=2)
     (root / "file").write_text("")
+    write_images(root / "single", train=1, test=2)
+    write_images(root / "capitals", train=1, test=1)
+    for split in ("train", "test"):
+        (root / "capitals" / split).rename(root / "capitals" / split.capitalize())
+    for name, target in (("self", "."), ("up", "..")):
+        write_images(root / name, train=2, test=2)
+        (root / name / "train/cat" / name).symlink_to(target)
+    write_images(root / "fifo", train=2, test=2)
+    os.mkfifo(root / "fifo/train/cat/x.png")
     (root / "archive").mkdir()
     (root / "archive/cifar-10-python.tar.gz").write_text("<html>")
     (root / "batches/cifar-10-batches-py").mkdir(parents=True)
@@ -90,6 +99,13 @@ def odd(tmp_path_factory):
         ("mean_and_std.py --data {}/text", "train/cat/0000.png is no image that can be read"),
         ("mean_and_std.py --plot", "argument --plot: expected one argument"),
         ("download.py --data {}/file", "is a file; name the folder"),
+        ("cifar10_r1.py --data {}/good/train", "train holds cat, dog, frog, but no cifar-10-python.tar.gz, no cifar"),
+        ("cifar10_r1.py --data {}/capitals", "capitals holds Test, Train, but no cifar-10-python.tar.gz"),
+        ("download.py --data {}/capitals", "name a folder that holds one of these, or a new one, into which CIFAR-10"),
+        ("cifar10_r1.py --data {}/self", "cat/self is a link to a folder; put its images there, or take it out"),
+        ("cifar10_r1.py --data {}/up", "cat/up is a link to a folder; put its images there, or take it out"),
+        ("cifar10_r1.py --data {}/fifo", "train/cat/x.png is no file; take it out"),
+        ("cifar10_r1.py --data {}/single --holdout", "--holdout: the class cat has 1 training image; it needs two"),
         ("download.py --data synthetic", "--data synthetic needs no download"),
     ],
 )

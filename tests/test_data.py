@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from harness.data import load_data, read_original
-from harness.loader import Loader
+from harness.data import Data, load_data, read_original
+from harness.loader import GROUP, Loader
 from harness.terminal import UserError
 
 # ------------------------------------------------------------------------------------------- class folders
@@ -243,6 +243,27 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     assert not torch.equal(epoch(1, 5), epoch(1, 6)) and not torch.equal(epoch(1, 5), epoch(2, 5))
 
 
+def test_a_transform_draws_anew_for_each_group():
+    loader = make_loader(64, batch_size=16, training=True, transform=v2.RandomInvert(0.5))
+    loader.images[:] = 255
+    black = torch.cat([images.flatten(1).max(1).values == images.min() for images, _ in loader])
+    assert black.view(-1, GROUP).float().std(1).max() == 0  # one draw a group
+    assert 0 < black.float().mean() < 1
+    same, plain = make_loader(64, batch_size=16, transform=torch.nn.Identity()), make_loader(64, batch_size=16)
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(same, plain, strict=True))
+
+
+def test_held_out_images_are_a_fixed_tenth_of_each_class():
+    labels = torch.tensor([0] * 100 + [1] * 25 + [2] * 3)
+    images = torch.arange(128, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    data = Data(images, labels, images[:0], labels[:0], ["a", "b", "c"], "class folders")
+    held = data.hold_out()
+    assert held.test_labels.bincount().tolist() == [10, 2, 1] and held.train_labels.bincount().tolist() == [90, 23, 2]
+    numbers = [part[:, 0, 0, 0].tolist() for part in (held.train_images, held.test_images)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(128)) and labels[numbers[1]].equal(held.test_labels)
+    assert held.tested_on == "held-out training" and held.fingerprint() == data.hold_out().fingerprint()
+
+
 # ---------------------------------------------------------------------------------------------- real images
 
 
@@ -251,4 +272,6 @@ def test_cifar10_itself(cifar10):
     assert data.classes == CIFAR10_CLASSES
     assert data.train_labels.bincount().tolist() == [5000] * 10 and data.test_labels.bincount().tolist() == [1000] * 10
     mean = data.train_images.double().mean((0, 2, 3)) / 255
+    held = data.hold_out()
+    assert held.train_labels.bincount().tolist() == [4500] * 10 and held.test_labels.bincount().tolist() == [500] * 10
     assert torch.allclose(mean, torch.tensor([0.49139968, 0.48215841, 0.44653091], dtype=torch.double), atol=1e-8)

@@ -17,6 +17,7 @@ from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_
 from PIL import Image
 
 from harness.files import DamagedCheckpoint, read_checkpoint
+from harness.terminal import UserError
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
@@ -110,7 +111,10 @@ def test_a_read_only_checkout(tmp_path, folders):
 
     done = run()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("cifar10_r1.py: error: ") and "checkpoints/cifar10_r1 cannot be written: Read-only" in done.stderr
+    assert (
+        done.stderr.startswith("cifar10_r1.py: error: ")
+        and "checkpoints/cifar10_r1 cannot be written: Read-only" in done.stderr
+    )
     done = run("--checkpoints", str(tmp_path / "elsewhere"))
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "elsewhere/cifar10_r1/run.json").exists()
 
@@ -125,6 +129,104 @@ def test_a_folder_that_is_gone(start, tmp_path, folders):
     assert process.exitcode == 2 and line.count("\n") == 1
     assert "checkpoints/cifar10_r1 is no longer this run's: moved or removed, with what was saved in it\n" in line
     assert read_checkpoint(tmp_path / "moved/last.pt")["epoch"] >= 1
+
+
+@pytest.mark.parametrize("gone", ["checkpoints/cifar10_r1", "checkpoints"])
+def test_a_folder_that_goes_while_its_run_is_stopped(start, script, refused, tmp_path, folders, gone):
+    """A second run of the name is refused, or, where the lock has gone too, left alone by the first."""
+    flags = [R1, "--data", folders, "--epochs"]
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    first = start(*flags, 100_000)
+    wait_for_a_save(first, folder / "last.pt")
+    stderr = os.open(output(tmp_path, "stderr"), os.O_RDONLY)  # the second run's will have its name
+    output(tmp_path, "stderr").unlink()
+    os.kill(first.pid, signal.SIGSTOP)
+    (tmp_path / gone).rename(tmp_path / "moved")
+    if gone == "checkpoints":
+        script(*flags, 2)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    else:
+        assert "checkpoints/cifar10_r1 is in use by another process" in refused(*flags, 2)
+        before = None
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == 2 and b"cifar10_r1 is no longer this run's" in os.read(stderr, 1000)
+    assert before is None or before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------- every way to begin a run
+
+WAYS = {  # the flags, and what the folder `--checkpoints` holds before; r2, r3 and r4 would take minutes
+    "new": (),
+    "new over an old one": ("old",),
+    "--resume": ("old",),
+    "--resume moved": ("moved", "old"),
+    "--resume elsewhere": ("elsewhere", "old"),
+    "base": ("base",),
+    "base over an old one": ("base", "old"),
+}
+
+
+def epochs_on_disk(folder):
+    """The epochs that a file under the folder can be resumed after, by the run it is of and its seed."""
+    found = {}
+    for path in folder.rglob("last*.pt"):
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError:
+            continue
+        key = checkpoint["recipe"]["constants"]["WEIGHT_DECAY"]
+        found[key] = max(found.get(key, 0), checkpoint["epoch"])
+    return found
+
+
+@pytest.mark.parametrize("tries", [1, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", WAYS)
+def test_interrupted_as_it_begins(start, script, tmp_path, way, tries):
+    """At random moments of its first two seconds; every epoch that was reported as saved is still on the disk.
+
+    The runs are told apart by a constant of their scripts.
+    """
+    write_images(tmp_path / "data", train=8, test=4)
+    original, moments = (ROOT / R1).read_text(), random.Random(way)
+
+    def version(number, name=R1):
+        """A script with another weight decay; as "cifar10_r3.py" it goes on from r1's run."""
+        text = original.replace("WEIGHT_DECAY = 1e-3", f"WEIGHT_DECAY = {number}")
+        if name != R1:
+            text = text.replace("train_step)\n    for", 'train_step, base=("cifar10_r1", "python r1"))\n    for')
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    for attempt in range(tries):
+        checkpoints = tmp_path / f"try{attempt}"
+        flags, saved = ["--checkpoints", checkpoints, "--epochs"], {}
+        name = "cifar10_r3.py" if way.startswith("base") else R1
+        if "elsewhere" in WAYS[way] or "moved" in WAYS[way] or "base" in WAYS[way]:
+            script(version(0.5), *flags, 3)
+            saved[0.5] = 3
+        if "elsewhere" in WAYS[way]:
+            (checkpoints / "cifar10_r1").rename(checkpoints / "elsewhere")
+        if "old" in WAYS[way]:
+            script(version(0.25, name), *flags, 4)
+            saved[0.25] = 4
+        resumed = {
+            "--resume": ["--resume"],
+            "--resume moved": ["--resume", checkpoints / "cifar10_r1.earlier1/last.pt"],
+            "--resume elsewhere": ["--resume", checkpoints / "elsewhere/last.pt"],
+        }.get(way, [])
+        number = 0.25 if way == "--resume" else 0.5 if resumed else 0.125
+        output(tmp_path, "stdout").unlink(missing_ok=True)
+        process = start(version(number, name), *flags, 400, *resumed)
+        time.sleep(moments.uniform(0, 2))
+        os.kill(process.pid, moments.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
+        process.join()
+        out = output(tmp_path, "stdout").read_text() if output(tmp_path, "stdout").exists() else ""
+        reported = [int(epoch) for epoch in re.findall(r"^epoch:(\d+)/.* saved", out, re.MULTILINE)]
+        saved[number] = max([saved.get(number, 0), *reported])
+        on_disk = epochs_on_disk(checkpoints)
+        for key, epoch in saved.items():
+            assert on_disk.get(key, 0) >= epoch, (way, attempt, key)
 
 
 # --------------------------------------------------------------------------------- a damaged checkpoint

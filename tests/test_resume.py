@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -126,6 +127,78 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     assert "no checkpoints/cifar10_r2-crop-seed1/last.pt, from which cifar10_r3 goes on; run python" in line
     line = refused(R2, *flags, 9, "--crop", "--resume", r3 / "last.pt")
     assert "is of the run cifar10_r3; resume one of cifar10_r2-crop, or start without --resume" in line
+
+
+def test_r3_goes_on_from_a_finished_r2(refused, script, tmp_path, folders):
+    flags = ["--data", folders, "--batch-size", 30, "--epochs"]
+    script(R2, *flags, 1, "--crop")
+    last = tmp_path / "checkpoints/cifar10_r2-crop/last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    torch.save(checkpoint | {"recipe": checkpoint["recipe"] | {"epochs": 46}}, last)  # as if it were ended there
+    for resume in (["--resume"], ["--resume", last]):
+        line = refused(R3, *flags, 60, *resume)
+        assert "last.pt is after epoch 1 of 46; finish that run first: python cifar10_r2.py --crop --resume" in line
+
+
+def test_a_step_back_loses_neither_the_way_forward_nor_the_best(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs"]
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    script(*flags, 3)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".pt"}
+    out = script(*flags, 3, "--resume", folder / "last.previous.pt").stdout
+    assert "is now in checkpoints/cifar10_r1.earlier1\n" in out and "after epoch 2\n" in out
+    earlier = folder.with_name("cifar10_r1.earlier1")
+    assert {path.name: path.read_bytes() for path in earlier.iterdir() if path.suffix == ".pt"} == whole
+    assert same_weights(folder / "last.pt", earlier / "last.pt")
+
+
+def best_and_record(folder):
+    best, record = torch.load(folder / "best.pt", weights_only=True), json.loads((folder / "run.json").read_text())
+    return (best["epoch"], best["accuracy"]), (record["best_epoch"], record["best_accuracy"])
+
+
+def test_best_is_the_best_of_the_log(script, tmp_path, folders):
+    """After the last epoch, the best so far, is lost, and the run goes on at another rate."""
+    flags = [R1, "--data", folders, "--lr", 0.02, "--epochs"]
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    script(*flags, 20)
+    accuracies = [float(row["test_accuracy"]) for row in log(folder)]
+    epochs = 1 + max(i for i in range(1, 20) if accuracies[i] > max(accuracies[:i]))  # the last that was the best
+    assert epochs > 2
+    script(*flags, epochs)
+    (folder / "last.pt").write_bytes(b"damaged")
+    script(R1, "--data", folders, "--epochs", epochs, "--resume", "--lr", 1e-9)
+    in_file, in_record = best_and_record(folder)
+    assert in_file == in_record and in_file[0] < epochs
+
+
+def test_a_best_of_another_run_is_not_adopted(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs"]
+    script(*flags, 2)
+    script(R2, "--data", folders, "--epochs", 2, "--batch-size", 30)
+    r1, r2, kept = (tmp_path / name for name in ("checkpoints/cifar10_r1", "checkpoints/cifar10_r2", "kept"))
+    kept.mkdir()
+    shutil.copy(r1 / "last.pt", kept)
+    shutil.copy(r2 / "best.pt", kept)
+    best = json.loads((r1 / "run.json").read_text())["best_epoch"]
+    assert best == 1  # so that its weights are not in last.pt
+    out = script(*flags, 3, "--resume", kept / "last.pt", "--lr", 1e-9).stdout
+    assert "no best.pt of epoch 1, the best so far; the next better one will be kept\n" in out
+    assert "last.pt, log.csv and run.json are in" in out and not (r1 / "best.pt").exists()
+    shutil.copy(r1.with_name("cifar10_r1.earlier1") / "best.pt", kept)
+    script(*flags, 3, "--resume", kept / "last.pt", "--lr", 1e-9)
+    assert best_and_record(r1)[0] == best_and_record(r1)[1]
+
+
+def test_what_is_left_of_a_run_is_an_earlier_run(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs", 2]
+    script(*flags)
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    for path in folder.glob("last*.pt"):  # to save room
+        path.unlink()
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "is now in checkpoints/cifar10_r1.earlier1\n" in script(*flags).stdout
+    assert {path.name: path.read_bytes() for path in folder.with_name("cifar10_r1.earlier1").iterdir()} == kept
 
 
 def test_an_earlier_run_is_taken_up_again(script, tmp_path, folders):

@@ -223,6 +223,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folde
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--flop"], "unrecognized arguments: --flop"),
         (["--resume", "--evaluate"], "not allowed with argument"),
+        (["--resume", ""], "argument --resume: the path is empty"),
+        (["--evaluate", ""], "argument --evaluate: the path is empty"),
+        (["--data", ""], "argument --data: the path is empty"),
+        (["--checkpoints", ""], "argument --checkpoints: the path is empty"),
     ],
 )
 def test_what_the_command_line_refuses(capsys, flags, words):

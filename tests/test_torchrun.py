@@ -97,6 +97,14 @@ def test_a_mistake_is_said_once(torchrun, tmp_path, data):
     assert torchrun(3, R1, "--data", few, status=1).count(line) == 1
 
 
+def test_processes_of_different_experiments_do_not_train_together(tmp_path, data):
+    nodes = two_nodes(tmp_path, ["--seed", "0"], ["--seed", "1"])
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "checkpoints").exists()
+    line = "process 1 was started with --seed 1, this one has 0; start all with the same command\n"
+    assert line in errors[0] + errors[1]
+
+
 def children(process):
     return [*map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split())]
 
@@ -121,11 +129,13 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
 
 
 def two_nodes(tmp_path, *flags, restarts=0):
+    """Starts a node with these flags on each of two nodes. flags: two lists, for nodes that differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
-    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", R1, *flags) for _ in range(2)]
+    own_flags = flags if isinstance(flags[0], list) else [flags, flags]
+    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", R1, *own) for own in own_flags]
 
 
 def test_two_nodes(tmp_path, data):

@@ -1,0 +1,235 @@
+"""What a run remembers of its experiment, what it is called, and what another experiment is told."""
+
+import argparse
+import json
+import re
+import sys
+
+import pytest
+import torch
+from helpers import R1, R2, R4, ROOT, log
+
+import utils
+from harness.recipe import first_difference, plain
+
+# ------------------------------------------------------------------------------------------------ its recipe
+
+
+def edited(tmp_path, name, *edits):
+    """A copy of a script, with these edits; returns its path."""
+    text = (ROOT / name).read_text()
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders):
+    flags = ["--data", folders, "--batch-size", 30, "--epochs", 1, "--resume"]
+    script(edited(tmp_path, R4), *flags)
+    record = json.loads((tmp_path / "checkpoints/cifar10_r4/run.json").read_text())
+    assert record["recipe"]["constants"]["CUTOUT"] == 8 and record["recipe"]["flags"] == {"stem": "imagenet"}
+    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)"
+    for edit, words in (
+        (("CUTOUT = 8", "CUTOUT = 12"), "with CUTOUT 8, this one has 12; make them agree"),
+        (("LABEL_SMOOTHING = 0.1", "LABEL_SMOOTHING = 0"), "LABEL_SMOOTHING 0.1, this one has 0;"),
+        (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
+        (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
+        (("flip=True", "flip=False"), "augmentation flip True, this one has False;"),
+        (
+            ("utils.triangular_schedule(optimizer, args.epochs, PEAK)", cosine),
+            "scheduler name LambdaLR, this one has C",
+        ),
+        (("args.epochs, PEAK)", "args.epochs, 0.9)"), "scheduler factors [["),
+    ):
+        assert words in refused(edited(tmp_path, R4, edit), *flags)
+    script(edited(tmp_path, R4, ("# pixels; with", "# pixels, with")), *flags)  # a comment may change
+    script(edited(tmp_path, R4, ("LR = 0.2", "LR = 0.1")), *flags, "--lr", 0.1)  # and the rate where it is given
+    line = refused(edited(tmp_path, R4), *flags, "--epochs", 2)
+    assert "--epochs 1, this one has 2;" in line
+
+
+def test_an_edited_order_of_parameters_is_not_resumed(script, refused, tmp_path, folders):
+    """The optimizer's state goes by position; in the fused optimizers a wrong one would end in a segmentation fault."""
+    flags = ["--data", folders, "--epochs", 2, "--resume"]
+    script(edited(tmp_path, R1), *flags)
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    words = "has its weights in another order than TutorialCNN and its optimizer have now"
+    for changed in (
+        {"weights": dict(reversed(checkpoint["weights"].items()))},
+        {"parameters": [list(reversed(checkpoint["parameters"][0]))]},
+        {"optimizer": checkpoint["optimizer"] | {"state": {0: checkpoint["optimizer"]["state"][1]}}},
+    ):
+        torch.save(checkpoint | changed, last)
+        assert words in refused(R1, *flags)
+    torch.save(checkpoint, last)
+    groups = ("model.parameters(), lr", '[{"params": [p]} for p in model.parameters()], lr')
+    assert "optimizer groups 1, this one has 10;" in refused(edited(tmp_path, R1, groups), *flags)
+
+
+def test_an_earlier_versions_checkpoint_says_what_cannot_be_compared(script, refused, tmp_path, folders):
+    flags = [R1, "--data", folders, "--resume", "--epochs"]
+    script(*flags, 1)
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    recipe = {"run": "cifar10_r1", "optimizer": "SGD", "momentum": 0.9, "weight_decay": 1e-3}
+    recipe |= {"--batch-size": 64, "--seed": 0, "data": checkpoint["recipe"]["data"]}
+    for key, value, words in (
+        ("--batch-size", 32, "--batch-size 32, this one has 64"),
+        ("momentum", 0.5, "optimizer momentum 0.5, this one has 0.9"),
+    ):
+        torch.save(checkpoint | {"recipe": recipe | {key: value}}, last)
+        assert words in refused(*flags, 2)
+    torch.save(checkpoint | {"recipe": recipe}, last)
+    (line,) = re.findall(".* is of an earlier version: .*", script(*flags, 2).stdout)
+    for name in ("constants", "flags", "criterion", "augmentation", "network"):
+        assert name in line
+    assert "is of an earlier version" not in script(*flags, 3).stdout
+
+
+def test_fewer_epochs_than_are_done(script, refused, tmp_path, folders):
+    flags = [R1, "--data", folders, "--resume", "--epochs"]
+    script(*flags, 3)
+    assert "last.pt has 3 epochs behind it, more than --epochs 2" in refused(*flags, 2)
+    assert len(log(tmp_path / "checkpoints/cifar10_r1")) == 3
+
+
+def test_what_is_a_difference():
+    one = {"constants": {"A": 1, "EPOCHS": 5}, "epochs": 5, "optimizer": {"name": "SGD", "old": 1}, "data": "x"}
+    for changes, words in (
+        ({}, None),
+        ({"constants": {"A": 1, "EPOCHS": 9}}, None),  # the epochs themselves are compared
+        ({"epochs": 9}, "--epochs 5, this one has 9"),
+        ({"constants": {"A": 2, "EPOCHS": 5}}, "A 1, this one has 2"),
+        ({"constants": {"A": 1, "EPOCHS": 5, "B": 3}}, "B None, this one has 3"),
+        ({"constants": {"A": 1, "EPOCHS": 5, "B": 0}}, None),  # a new one that is off
+        ({"constants": {"EPOCHS": 5}}, "A 1, this one has None"),
+        ({"optimizer": {"name": "SGD", "new": True}}, None),  # a setting of another version of PyTorch
+        ({"optimizer": {"name": "Adam"}}, "optimizer name SGD, this one has Adam"),
+    ):
+        assert first_difference(one, one | changes, set()) == words
+    assert first_difference(one, one | {"epochs": 9}, {"epochs"}) is None
+
+
+def test_plain_values():
+    value = {"a": (1, 2.5), 3: {"x", "y"}, "t": torch.ones(2), "f": torch.nn.GELU, "n": None, "m": torch.nn.ReLU()}
+    expected = {"a": [1, 2.5], "3": ["x", "y"], "t": [1.0, 1.0], "f": "GELU", "n": None, "m": "ReLU()"}
+    assert plain(value) == json.loads(json.dumps(plain(value))) == expected
+    assert plain(object()) == plain(object())  # no address
+
+
+# -------------------------------------------------------------------------------------------------- its name
+
+
+def parse(line, *flags):
+    """The namespace of a command line. flags: the script's own, the arguments of `add_argument`."""
+    parser = utils.ArgumentParser("", epochs=1, batch_size=1, lr=1)
+    parser.prog = "x.py"
+    for names, settings in flags:
+        parser.add_argument(*names.split(), **settings)
+    return parser.parse_args(line.split())
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("", ""),
+        ("--width 2", "-width2"),
+        ("--depth 2", "-depth2"),
+        ("--width 1", ""),  # the default
+        ("--widths 2", "-widths=2"),
+        ("--stem cifar", "-cifar"),
+        ("--head cifar", "-headcifar"),
+        ("--no-flip", "-no-flip"),
+        ("--crop --no-flip", "-no-flip-crop"),
+        ("--no-norm", "-no-norm"),
+        ("--sizes 1 2", "-sizes1+2"),
+        ("--init ../a/b.pt", "-init..%2Fa%2Fb.pt"),
+        ("--seed 2 --crop", "-crop-seed2"),
+        ("--holdout --seed 2 --data synthetic", "-seed2-holdout-synthetic"),
+        ("big", "-target=big"),
+    ],
+)
+def test_a_run_is_called(line, name):
+    args = parse(
+        line,
+        ("--width", {"type": int, "default": 1}),
+        ("--depth", {"type": int, "default": 1}),
+        ("--stem", {"choices": ["imagenet", "cifar"], "default": "imagenet"}),
+        ("--no-flip", {"action": "store_false", "dest": "flip"}),
+        ("--crop", {"action": "store_true"}),
+        ("--norm", {"action": argparse.BooleanOptionalAction, "default": True}),
+        ("--sizes", {"type": int, "nargs": "+"}),
+        ("--init", {}),
+        *([("--head", {"choices": ["cifar"]})] if "head" in line else []),
+        *([("--widths", {"type": int})] if "widths" in line else []),
+        *([("target", {"nargs": "?"}), ("--target-size", {})] if line == "big" else []),
+    )
+    assert args.experiment + args.suffix == f"x{name}"
+
+
+def test_the_command_that_resumes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/x.py"])
+    flags = [("--no-flip", {"action": "store_false", "dest": "flip"}), ("--sizes", {"nargs": "+"}), ("mode", {})]
+    line = "fast --no-flip --sizes 1 2 --data d --resume last.pt --seed 3"
+    args = parse(line, *flags)
+    assert args.resume_command == "python some/x.py fast --no-flip --sizes 1 2 --data d --seed 3 --resume"
+    assert args.command == "python x.py fast --no-flip --sizes 1 2 --seed 3 --resume"
+    assert parse("fast --resume=last.pt --data synthetic", *flags).command == (
+        "python x.py fast --data synthetic --resume"
+    )
+
+
+# --------------------------------------------------------------------------------------- another experiment
+
+
+def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
+    """The README's "Add an experiment": a copy of r4, with a number, a choice and something that is on by default."""
+    path = edited(
+        tmp_path,
+        R4,
+        (
+            "    args = parser.parse_args()\n",
+            '    parser.add_argument("--cutout", type=int, default=CUTOUT)\n'
+            '    parser.add_argument("--loss", choices=["smooth", "plain"], default="smooth")\n'
+            '    parser.add_argument("--no-crop", action="store_false", dest="crop")\n'
+            "    args = parser.parse_args()\n",
+        ),
+        ("crop=True, cutout=CUTOUT", "crop=args.crop, cutout=args.cutout"),
+        ("label_smoothing=LABEL_SMOOTHING", 'label_smoothing=LABEL_SMOOTHING if args.loss == "smooth" else 0'),
+    ).rename(tmp_path / "cifar10_r9.py")
+    flags = ["--data", folders, "--batch-size", 30, "--epochs", 2, "--cutout", 4, "--loss", "plain", "--no-crop"]
+    first = script(path, *flags).stdout
+    folder = tmp_path / "checkpoints/cifar10_r9-cutout4-plain-no-crop"
+    recipe = json.loads((folder / "run.json").read_text())["recipe"]
+    assert recipe["flags"] == {"stem": "imagenet", "cutout": 4, "loss": "plain", "crop": False}
+    assert recipe["augmentation"]["cutout"] == 4 and recipe["criterion"]["label_smoothing"] == 0
+    again = script(path, *flags, "--resume").stdout
+    assert f"resuming checkpoints/{folder.name}/last.pt after epoch 2, which was the last\n" in again
+    assert first[first.index("Accuracy") :] == again[again.index("Accuracy") :]
+    (folder / "curves.png").unlink()
+    script("plot.py", folder, "--data", folders)
+    assert (folder / "curves.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------- held out
+
+
+def test_holdout_tests_on_training_images(script, tmp_path, folders):
+    out = script(R1, "--data", folders, "--epochs", 1, "--holdout").stdout
+    assert "81 training and 9 held-out training images of 3 classes" in out  # of 90
+    assert "Accuracy of the network on the held-out training images: " in out
+    folder = tmp_path / "checkpoints/cifar10_r1-holdout"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["tested_on"] == "held-out training" and record["recipe"]["holdout"]
+    assert sum(map(sum, record["confusion"])) == 9
+    script("plot.py", folder, "--data", folders)
+    out = script("predict.py", folders / "test/cat/0000.png", "--checkpoint", folder / "best.pt").stdout
+    assert " % of the held-out training images right" in out
+    assert "Accuracy of the network on the test images" in (
+        script(R1, "--data", folders, "--evaluate", folder / "last.pt").stdout
+    )
+    assert "is of the run" not in script(R2, "--data", folders, "--epochs", 1, "--holdout", "--seed", 1).stdout
