@@ -1,4 +1,4 @@
-"""The folder of a run: how it begins, resumes, is saved after each epoch, and ends."""
+"""A run: how it begins, resumes, is saved after each epoch, and ends."""
 
 import argparse
 from pathlib import Path
@@ -115,8 +115,10 @@ class Checkpoints:
             folder = self.folder.with_name(self.base_run + self.args.suffix)
             if base_files := resumable_files(folder):
                 return base_files
-            command = f"{self.base_command}, with the same --data, --seed and --checkpoints,"
-            raise UserError(f"no {folder / 'last.pt'}, from which {self.args.script} goes on; run {command} first")
+            same = "with the same --data, --seed and --checkpoints"
+            raise UserError(
+                f"no {folder / 'last.pt'}, from which {self.args.script} goes on; run {self.base_command} first, {same}"
+            )
         if self.args.resume:
             print(f"no {self.folder / 'last.pt'} to resume, starting the run", flush=True)
         return []
@@ -132,11 +134,11 @@ class Checkpoints:
             raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
         if is_base and epoch < recipe.get("epochs", epoch):
             raise UserError(
-                f"{path} is after epoch {epoch} of {recipe['epochs']}; finish that run first: "
-                f"{self.base_command} --resume"
+                f"{path} is after epoch {epoch} of {recipe['epochs']}; finish that run first: {self.base_command} "
+                "--resume, with the same --data, --seed and --checkpoints"
             )
         if epoch > self.args.epochs:
-            raise UserError(f"{path} has {epoch} epochs behind it, more than --epochs {self.args.epochs}")
+            raise UserError(f"{path} has {epoch} epochs behind it, more than --epochs {self.args.epochs}; take more")
         if not checkpoint.keys() >= self.resumed_parts.keys():
             raise UserError(f"{path} has no scheduler's state, this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)

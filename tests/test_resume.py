@@ -104,7 +104,7 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--batch-size", 30, "--epochs"]
     line = refused(R3, *flags, 9, "--resume")
     assert (
-        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run python cifar10_r2.py --crop, with"
+        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run python cifar10_r2.py --crop first"
         in line
     )
     script(R2, *flags, 2, "--crop")
