@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from harness.files import checkpoint_bytes, read_checkpoint, read_first_whole, write_atomically, write_checkpoint
 from harness.folder import RunFolder, find_best, resumable_files
 from harness.processes import RANK, WORLD_SIZE, broadcast, gather
-from harness.recipe import describe_recipe, describe_script, first_difference, today
+from harness.recipe import check_same, describe_recipe, describe_script, first_difference, today
 from harness.records import Records, describe_network, print_saving
 from harness.terminal import UserError, handle_signals
 
@@ -142,7 +142,7 @@ class Checkpoints:
         if not checkpoint.keys() >= self.resumed_parts.keys():
             raise UserError(f"{path} has no scheduler's state, this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
-        self.check_parameters(path, checkpoint)
+        self.train_step.check_state(path, checkpoint)
         if is_base:  # this script's own rate and weight decay, with the other's moments
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in self.resumed_parts.items():
@@ -157,50 +157,19 @@ class Checkpoints:
 
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
         """Raise UserError if the checkpoint's recipe is another than this run's; a base shares only a part of it."""
-        if not is_base and recipe["run"] != self.recipe["run"]:
-            resumable = self.recipe["run"] + (f" or {self.base_run}" if self.base_run else "")
-            raise UserError(
-                f"{path} is of the run {recipe['run']}; resume one of {resumable}, or start without --resume"
-            )
-        if recipe["data"] != self.recipe["data"]:
-            raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
-        if unknown := [name for name, value in self.recipe.items() if value and name not in recipe]:
-            print(f"{path} is of an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
         ours, may_differ = self.recipe, {"lr"}
         if is_base:
-            ours = {name: ours[name] for name in ("seed", "holdout", "batch_size")}
+            ours = {name: ours[name] for name in ("seed", "holdout", "batch_size", "data")}
             ours["optimizer"] = {"name": self.recipe["optimizer"]["name"]}
             recipe = recipe | {"optimizer": {"name": recipe["optimizer"]["name"]}}
+        elif recipe["run"] != self.recipe["run"]:
+            runs = " or ".join(filter(None, (self.recipe["run"], self.base_run)))
+            raise UserError(f"{path} is of the run {recipe['run']}; resume one of {runs}, or start without --resume")
         if self.args.lr_given:
             may_differ.add("LR")
         if not self.scheduler:
             may_differ.add("epochs")
-        if difference := first_difference(recipe, ours, may_differ):
-            raise UserError(f"{path} is of a run with {difference}; make them agree, or start without --resume")
-
-    def check_parameters(self, path: Path, checkpoint: dict) -> None:
-        """Raise UserError if the optimizer's state, which goes by position, is of other parameters than it has now."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        same = [*checkpoint["weights"]] == [*self.model.state_dict()]
-        same &= checkpoint.get("parameters", self.parameter_names()) == self.parameter_names()
-        for position, state in checkpoint["optimizer"]["state"].items():
-            for name, value in state.items():
-                if (
-                    isinstance(value, torch.Tensor) and value.dim() and name not in ("row_var", "col_var")
-                ):  # Adafactor's
-                    same &= position < len(parameters) and value.shape == parameters[position].shape
-        if not same:
-            raise UserError(
-                f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
-                "and the optimizer's state goes by that order; start without --resume"
-            )
-
-    def parameter_names(self) -> list[list[str]]:
-        """Return the names of the optimizer's parameters, by its groups."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [
-            [names.get(id(parameter), "") for parameter in group["params"]] for group in self.optimizer.param_groups
-        ]
+        check_same(path, recipe, ours, may_differ)
 
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log: a run may go on from an epoch before that of best.pt."""
@@ -255,7 +224,7 @@ class Checkpoints:
         self.records.write_log()
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
         state |= {"recipe": self.recipe, "script": describe_script(), "rows": self.records.rows}
-        state["parameters"] = self.parameter_names()
+        state["parameters"] = self.train_step.parameter_names()
         (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
         write_checkpoint(self.folder / "last.pt", state, keep=previous)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from harness.files import sha256_of
+from harness.terminal import UserError
 
 # What a run may change as it goes on, or what depends on the machine. The rates are compared as LR.
 LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
@@ -110,6 +111,19 @@ def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     for name, value in recipe.items():
         flat |= flatten(value, (*names, name)) if isinstance(value, dict) else {(*names, name): value}
     return flat
+
+
+def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str]) -> None:
+    """Raise UserError if the recipe in the checkpoint `path` differs from ours; print what it lacks.
+
+    may_differ: see `first_difference`.
+    """
+    if theirs["data"] != ours["data"]:
+        raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
+    if unknown := [name for name, value in ours.items() if value and name not in theirs]:
+        print(f"{path} is of an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
+    if difference := first_difference(theirs, ours, may_differ):
+        raise UserError(f"{path} is of a run with {difference}; make them agree, or start without --resume")
 
 
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:

@@ -1,6 +1,7 @@
 """One step of training, and the meter of an epoch."""
 
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -59,6 +60,30 @@ class TrainStep:
         raise UserError(
             f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; take {enough} or more"
         )
+
+    def parameter_names(self) -> list[list[str]]:
+        """Return the names of the optimizer's parameters, by its groups."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [[names.get(id(p), "") for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def check_state(self, path: Path, checkpoint: dict) -> None:
+        """Raise UserError if the checkpoint's optimizer has its state, which goes by position, of other parameters.
+
+        checkpoint: with `weights`, `optimizer` and, unless it is of an earlier version, `parameters`, their names.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        same = [*checkpoint["weights"]] == [*self.model.state_dict()]
+        same &= checkpoint.get("parameters", self.parameter_names()) == self.parameter_names()
+        for position, state in checkpoint["optimizer"]["state"].items():
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor) or not value.dim() or name in ("row_var", "col_var"):
+                    continue  # a count of steps, or Adafactor's sums
+                same &= position < len(parameters) and value.shape == parameters[position].shape
+        if not same:
+            raise UserError(
+                f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
+                "and the optimizer's state goes by that order; start without --resume"
+            )
 
     def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
         """Set the learning rate, or scale the schedule to it."""
