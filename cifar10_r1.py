@@ -7,10 +7,11 @@ python cifar10_r1.py --flip --resume       # go on after an interruption
 python cifar10_r1.py --flip --evaluate     # only test
 """
 
+import utils
+
 import torch
 from torch import nn
 
-import utils
 from models import TutorialCNN
 
 EPOCHS = 26

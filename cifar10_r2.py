@@ -6,10 +6,11 @@ python cifar10_r2.py --crop --resume       # go on after an interruption
 python cifar10_r2.py --crop --evaluate     # only test
 """
 
+import utils
+
 import torch
 from torch import nn
 
-import utils
 from models import ResNet18
 
 EPOCHS = {"flip": 15, "crop": 46}  # without crops it has learnt the images by heart sooner

@@ -4,10 +4,11 @@ python cifar10_r3.py --resume       # from cifar10_r2.py --crop the first time, 
 python cifar10_r3.py --evaluate     # only test
 """
 
+import utils
+
 import torch
 from torch import nn
 
-import utils
 from models import ResNet18
 
 BASE = ("cifar10_r2-crop", "python cifar10_r2.py --crop")  # the run that this one continues, and its command

@@ -7,10 +7,11 @@ python cifar10_r4.py --stem cifar --resume   # go on after an interruption
 python cifar10_r4.py --stem cifar --evaluate # only test
 """
 
+import utils
+
 import torch
 from torch import nn
 
-import utils
 from models import ResNet18
 
 EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # the last guessed from shorter trials

@@ -7,14 +7,21 @@ python mean_and_std.py --plot histograms.png  # and a picture of what the normal
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.terminal import CommandLine, UserError, data_folder, progress_bar, run
+
+# isort: split
+# PyTorch comes after our own, see harness/__init__.py
+import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 import plot
 from harness.data import load_data
-from harness.terminal import CommandLine, UserError, data_folder, progress_bar, run
+
+WANTED = "samples (image, label), or all images as one tensor of shape (N, C, H, W)"
 
 
 class Statistics(NamedTuple):
@@ -41,16 +48,23 @@ def get_mean_and_std(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, tor
 def get_statistics(dataset: Dataset | torch.Tensor) -> Statistics:
     """Return the Statistics of a dataset, in one pass over it, accumulated in float64.
 
-    dataset: a map-style dataset of (image, label), or images alone as one uint8 tensor of shape (N, C, H, W). An image
-    is a PIL image, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W); sizes may differ. Values of
-    an integer type are divided by the largest one of the type, floats are taken as they are.
+    dataset: a map-style dataset of (image, label), or images alone as one tensor of shape (N, C, H, W). An image is a
+    PIL image in grey or colours, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W); sizes may
+    differ. There are up to 4 channels. Values of 8 or 16 bits are divided by the largest one of the type, floats are
+    taken as they are.
 
-    Raises UserError, which names the first such image, if one has other channels than those before, has a single
-    pixel and so no std, or holds a value that is not finite, and if there is no image.
+    Raises UserError, which names the first such image, if one is something else, has other channels than those before,
+    has a single pixel and so no std, or holds a value that is not finite, and if there is no image.
     """
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not indexed or isinstance(dataset, dict | IterableDataset):
+        raise UserError(f"a {type(dataset).__name__} cannot be indexed from 0; pass a map-style dataset, {WANTED}")
+    if isinstance(dataset, torch.Tensor | np.ndarray) and (isinstance(dataset, np.ndarray) or dataset.dim() != 4):
+        raise UserError(f"a {type(dataset).__name__} of shape {tuple(dataset.shape)} is no dataset; pass {WANTED}")
     if len(dataset) == 0:
         raise UserError("the dataset is empty; mean and std need an image or more")
-    if isinstance(dataset, torch.Tensor) and dataset.dtype == torch.uint8:
+    if isinstance(dataset, torch.Tensor) and dataset.dtype == torch.uint8 and dataset[0].numel():
+        check_image(0, dataset[0])
         pixels, means, squares = dataset[0, 0].numel(), *moments_of_uint8(dataset)
     else:
         pixels, means, squares = moments_of_images(dataset)
@@ -82,8 +96,9 @@ def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, to
     """Return the number of pixels of each image, int64 of shape (N,), and its moments as above."""
     pixels, means, squares = [], [], []
     for i in progress_bar(range(len(dataset)), desc="mean and std", leave=False):
-        image = dataset[i] if isinstance(dataset, torch.Tensor) else dataset[i][0]
+        image = dataset[i] if isinstance(dataset, torch.Tensor) else image_of(i, dataset[i])
         image = image if isinstance(image, torch.Tensor) else to_image(image)
+        check_image(i, image)
         image = to_dtype(image, torch.double, scale=True).flatten(1)
         if means and len(image) != len(means[0]):
             raise UserError(f"image {i} has {len(image)} channels, those before have {len(means[0])}")
@@ -95,6 +110,28 @@ def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, to
     return torch.tensor(pixels), torch.stack(means), torch.stack(squares)
 
 
+def image_of(i: int, sample: object) -> object:
+    """Return the image of a sample (image, label). Raise UserError if there is none."""
+    image = sample[0] if isinstance(sample, tuple | list) and sample else sample
+    if isinstance(sample, torch.Tensor | np.ndarray) or not isinstance(image, Image.Image | torch.Tensor | np.ndarray):
+        raise UserError(f"sample {i} is a {type(sample).__name__}, not (image, label); pass {WANTED}")
+    if isinstance(image, Image.Image) and image.mode == "P":
+        raise UserError(f"image {i} has a palette, whose numbers are no colours; convert it to RGB")
+    return image
+
+
+def check_image(i: int, image: torch.Tensor) -> None:
+    """Raise UserError if this is no image of shape (C, H, W) with values whose range the type tells."""
+    if image.dim() != 3 or len(image) > 4:
+        shape = tuple(image.shape)
+        raise UserError(f"image {i} has the shape {shape}, not (C, H, W) with up to 4 channels; pass {WANTED}")
+    if image.numel() == 0:
+        raise UserError(f"image {i} has no pixels; take it out")
+    if not image.is_floating_point() and image.dtype not in (torch.uint8, torch.uint16, torch.int16, torch.int8):
+        raise UserError(f"image {i} has values of {image.dtype}, whose range is not known; convert them to uint8")
+
+
+@plot.own_settings
 def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path: Path) -> None:
     """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
     figure = Figure(figsize=(11, 4), layout="constrained")

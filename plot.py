@@ -11,6 +11,8 @@ import math
 import warnings
 from pathlib import Path
 
+import utils
+
 import matplotlib
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
 from matplotlib.lines import Line2D
 
-import utils
 from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.files import read_checkpoint, write_atomically
@@ -26,7 +27,7 @@ from harness.loader import Loader
 from harness.terminal import CommandLine, UserError, data_folder, escape_unprintable, nonempty_path, run
 from predict import load_classifier
 
-matplotlib.rcParams["text.parse_math"] = False  # a class's name may hold a $
+own_settings = matplotlib.rc_context({"text.parse_math": False})  # a class's name may hold a $
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
@@ -55,11 +56,12 @@ def read_log(folder: Path) -> list[dict[str, float]]:
             return rows
     except FileNotFoundError:
         raise UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
-    except (ValueError, TypeError):  # no number, or a row with too few or too many of them
+    except (ValueError, TypeError, csv.Error):  # no number, too few or too many of them, or a huge one
         pass
     raise UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
 
 
+@own_settings
 def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw accuracy, loss and learning rate by epoch. logs: the rows of each run's log, by the run's name."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -89,6 +91,7 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
     save(figure, path)
 
 
+@own_settings
 def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path) -> None:
     """Draw a `utils.confusion_matrix`, in percent of each row; the diagonal has the accuracy of each class."""
     percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
@@ -109,6 +112,7 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
     save(figure, path)
 
 
+@own_settings
 def mistakes(
     images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, classes: list[str], network: str, path: Path
 ) -> None:
@@ -134,14 +138,18 @@ def save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class's name may have letters that the font lacks
-        figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
+        try:
+            figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".").lower())
+        except Exception as error:  # .pgf wants LaTeX, say
+            reason = " ".join(str(error).split()[:20])
+            raise UserError(f"{path} cannot be drawn ({reason}); take another suffix, such as .png") from None
     write_atomically(path, content.getbuffer())
 
 
 def picture(name: str) -> Path:
     """Return the path of a picture that a command line asks for."""
-    path = Path(name)
-    if path.suffix.removeprefix(".") not in FigureCanvasBase.filetypes:
+    path = nonempty_path(name)
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.filetypes:
         raise argparse.ArgumentTypeError(f"{name!r} has no suffix of a picture, such as .png or .svg")
     return path
 
@@ -174,7 +182,9 @@ def main() -> None:
     if classifier.data == "class folders" and not Path(args.data).exists():
         parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
     data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
-    recipe = read_checkpoint(folder / "last.pt")["recipe"]
+    recipe = read_checkpoint(folder / "last.pt").get("recipe")
+    if not recipe:
+        raise UserError(f"{folder / 'last.pt'} is for inference and does not name its data; plot.py takes a run's own")
     if recipe.get("holdout"):
         data = data.hold_out()
     if data.fingerprint() != recipe["data"]:

@@ -11,6 +11,10 @@ by averaging over boxes. What fills the picture is classified best, as in CIFAR-
 import json
 from pathlib import Path
 
+from harness.terminal import CommandLine, UserError, nonempty_path, run
+
+# isort: split
+# PyTorch comes after our own, see harness/__init__.py
 import torch
 from torch import nn
 
@@ -18,7 +22,6 @@ import models
 from harness.data import find_images, read_image
 from harness.devices import choose_device
 from harness.files import read_checkpoint
-from harness.terminal import CommandLine, UserError, nonempty_path, run
 
 
 class Classifier(nn.Module):
@@ -54,7 +57,8 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Cla
     if name not in models.__all__:
         raise UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
     try:
-        network = getattr(models, name)(**checkpoint["arguments"])
+        with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced, draw from the caller's numbers
+            network = getattr(models, name)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
         classifier = Classifier(network, checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError):  # what another version of the network had

@@ -11,22 +11,27 @@ a finished row goes into results/mine, and is compared with those of other machi
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, run
+
+# isort: split
+# PyTorch comes after our own, see harness/__init__.py
 import torch
 
 import plot
 from harness.command_line import positive_int, run_suffix
 from harness.data import load_data
 from harness.files import write_atomically
-from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, run
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
@@ -76,9 +81,16 @@ class Job(NamedTuple):
     def __str__(self):
         return f"{self.name}, seed {self.seed}"
 
+    def is_finished(self) -> bool:
+        """Return whether its record is there."""
+        return self.record.exists() and read_record(self.record) is not None
+
     def epoch_seconds(self) -> list[float]:
-        """Return the seconds of each epoch that is done."""
-        return [row["seconds"] for row in plot.read_log(self.folder)] if (self.folder / "log.csv").exists() else []
+        """Return the seconds of each epoch that is done, none if the log cannot be read: the run writes it anew."""
+        try:
+            return [row["seconds"] for row in plot.read_log(self.folder)]
+        except UserError:
+            return []
 
 
 def run_job(job: Job, args: argparse.Namespace, later: list[Job]) -> None:
@@ -104,6 +116,7 @@ def run_job(job: Job, args: argparse.Namespace, later: list[Job]) -> None:
         raise UserError(f"{job} ended with exit status {process.returncode}; its own error says why")
     job.record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(job.record, (job.folder / "run.json").read_bytes())
+    read_record.cache_clear()
 
 
 def time_left(job: Job, epochs: int, later: list[Job]) -> str:
@@ -142,8 +155,27 @@ def read_records(own_folder: Path | None = None) -> dict[str, dict[str, list[dic
         for path in sorted(folder.glob("*-seed*.json")):
             name = path.stem.rpartition("-seed")[0]
             if name in ROWS:
-                rows.setdefault(name, []).append(json.loads(path.read_text()))
+                record = read_record(path)
+                if record:
+                    rows.setdefault(name, []).append(record)
     return machines
+
+
+@functools.cache
+def read_record(path: Path) -> dict | None:
+    """Return the record of a run; None, and a line, if the file is none, as after a merge with conflicts."""
+    try:
+        record = json.loads(path.read_text())
+        figures = [record[key] for key in ("accuracy", "best_accuracy", "seconds")]
+        figures += [row[key] for row in record["epochs"] for key in ("epoch", "seconds")]
+        figures += [*record["per_class"].values(), *map(sum, record["confusion"])]
+        texts = (record["device"], record["precision"], record["recipe"]["data"])
+        if record["epochs"] and all(isinstance(value, int | float) for value in figures) and "".join(texts):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    print(f"{path} is no record of a run; passed over", flush=True)
+    return None
 
 
 def summary(records: list[dict], key: str = "accuracy") -> str:
@@ -222,11 +254,21 @@ def write_readme() -> None:
         plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
 
 
+def check_is_writable(folder: Path) -> None:
+    """Raise UserError if no record could be written into the folder, before a row has trained for hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--results {folder} cannot be written: {error.strerror}; name another folder") from None
+
+
 def check_data(records: list[Path], name: str) -> None:
     """Raise UserError if one of the records is of other data than --data names."""
     fingerprint = load_data(name).fingerprint() if records else None
     for record in records:
-        if json.loads(record.read_text())["recipe"]["data"] != fingerprint:
+        if read_record(record)["recipe"]["data"] != fingerprint:
             raise UserError(f"{record} is of other data than --data {name}; take other --results and --checkpoints")
 
 
@@ -253,7 +295,10 @@ def main() -> None:
         write_readme()
         return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
-    results = args.results.with_name(args.results.name + synthetic)
+    results = args.results if args.results.name else args.results.resolve()  # "." has no name
+    results = results.with_name(results.name + synthetic)
+    if not args.list:
+        check_is_writable(results)
     jobs = []
     for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
         for seed in range(args.seeds):
@@ -261,15 +306,15 @@ def main() -> None:
             folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
     handle_signals("; the same command goes on")
-    finished = [job.record for job in jobs if job.record.exists()]
+    finished = [job.record for job in jobs if job.is_finished()]
     if not args.list or args.data == "synthetic" or Path(args.data).exists():  # to list the rows downloads nothing
         check_data(finished, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
-        state = "finished" if job.record.exists() else f"{done} epochs done" if done else "not begun"
+        state = "finished" if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
-        if not args.list and not job.record.exists():
-            run_job(job, args, [other for other in jobs[i + 1 :] if not other.record.exists()])
+        if not args.list and not job.is_finished():
+            run_job(job, args, [other for other in jobs[i + 1 :] if not other.is_finished()])
     print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
 
 

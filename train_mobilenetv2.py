@@ -5,10 +5,11 @@ python train_mobilenetv2.py --resume     # go on after an interruption
 python train_mobilenetv2.py --evaluate   # only test
 """
 
+import utils
+
 import torch
 from torch import nn
 
-import utils
 from models import MobileNetV2
 
 EPOCHS = 60

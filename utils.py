@@ -6,6 +6,10 @@ What no experiment changes stands behind it, one noun a room, in harness/.
 import argparse
 from collections.abc import Callable
 
+from harness.terminal import UserError, run
+
+# isort: split
+# PyTorch comes after our own, see harness/__init__.py
 import numpy as np
 import torch
 from torch import nn
@@ -23,7 +27,6 @@ from harness.processes import (
     broadcast_buffers,
     join_processes,
 )
-from harness.terminal import UserError, run
 from harness.training import Meter, TrainStep
 
 __all__ = ["ArgumentParser", "Checkpoints", "TrainStep", "UserError", "run"]  # of harness/, for the scripts
@@ -157,3 +160,4 @@ def finish(checkpoints: Checkpoints, data: Data, model: nn.Module, test_loader: 
         import plot  # and with it matplotlib, which would make every start slower
 
         plot.draw(checkpoints.folder, logits, data)
+    checkpoints.leave()

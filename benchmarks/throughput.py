@@ -44,9 +44,10 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: E402
+
 import mean_and_std  # noqa: E402
 import plot  # noqa: E402
-import utils  # noqa: E402
 from harness import devices  # noqa: E402
 from harness.command_line import positive_int  # noqa: E402
 from harness.data import load_data  # noqa: E402

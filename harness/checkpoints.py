@@ -11,7 +11,7 @@ from harness.folder import RunFolder, find_best, resumable_files
 from harness.processes import RANK, WORLD_SIZE, broadcast, gather
 from harness.recipe import check_same, describe_recipe, describe_script, first_difference, today
 from harness.records import Records, describe_network, print_saving
-from harness.terminal import UserError, handle_signals
+from harness.terminal import UserError, escape_unprintable, handle_signals
 
 
 class Checkpoints:
@@ -231,6 +231,10 @@ class Checkpoints:
         self.last_is_whole = True
         self.records.report_epoch(self.args.epochs)
 
+    def leave(self) -> None:
+        """Let another process have the run's folder."""
+        self.run_folder.release()
+
     def finish(self, confusion: torch.Tensor, per_class: torch.Tensor) -> None:
         """Print the table; write run.json unless a run of this length has left one.
 
@@ -240,7 +244,7 @@ class Checkpoints:
             return
         accuracy = 100 * confusion.trace().item() / confusion.sum().item()
         per_class = dict(zip(self.network["classes"], per_class.tolist(), strict=True))
-        self.records.print_table(accuracy, per_class)
+        self.records.print_table(accuracy, {escape_unprintable(name): value for name, value in per_class.items()})
         if self.args.evaluate:
             return
         self.run_folder.check()

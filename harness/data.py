@@ -183,15 +183,15 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} is no file; take it out")  # to read a pipe would wait for ever
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow's advice on palettes; a huge image is refused below
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # Pillow's advice on palettes
             if image.size != (32, 32) and not resize:
                 raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize it or take it out")
-            if image.mode[0] in "IF":  # 16 and 32 bits a pixel, which convert() would clip to white
+            # Modes of 16 and 32 bits a pixel, which convert() would clip to white; 16-bit colours, which Pillow cuts.
+            if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
                 raise UserError(f"{path} has more than 8 bits a channel; convert it or take it out")
-            pixels = image.convert("RGB")
-            if resize:  # upright first, as the camera noted it
-                pixels = ImageOps.exif_transpose(pixels).resize((32, 32), Image.Resampling.BOX)
+            pixels = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the camera noted it
+            if resize:
+                pixels = pixels.resize((32, 32), Image.Resampling.BOX)
             return np.asarray(pixels)
     except UserError:
         raise

@@ -1,5 +1,6 @@
 """CIFAR-10's archive: its mirrors, a download that resumes, and the archive unpacked under a lock."""
 
+import base64
 import http.client
 import math
 import os
@@ -14,13 +15,14 @@ from collections.abc import Sequence
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from harness.files import sha256_of
-from harness.terminal import UserError, progress_bar
+from harness.terminal import UserError, escape_unprintable, progress_bar
 
 CIFAR10_SIZE = 170_498_071  # bytes of cifar-10-python.tar.gz
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -38,7 +40,10 @@ REPORT_SECONDS = 10  # between two lines where there is no progress bar
 
 
 class UnusableMirror(Exception):
-    """Why a mirror is left for the next."""
+    """Why a mirror is left for the next, in printable characters: a server may send any."""
+
+    def __init__(self, reason: str):
+        super().__init__(escape_unprintable(reason))
 
 
 class SlowMirror(UnusableMirror):
@@ -120,8 +125,8 @@ def download(archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> N
 
 
 def host_of(url: str) -> str:
-    """Return the host of an address, for a message."""
-    return url.partition("://")[2].partition("/")[0] or url
+    """Return the host of an address, for a message: without the user and the password that it may hold."""
+    return urlsplit(url).netloc.rpartition("@")[2] or f"{urlsplit(url).scheme or 'an empty'} address"
 
 
 def size_of(path: Path) -> int:
@@ -197,15 +202,22 @@ def read_block(response: HTTPResponse, progress: str) -> bytes:
 
 def open_url(url: str, headers: dict[str, str]) -> HTTPResponse:
     """Return the response to a request. Raise UnusableMirror if there is none within CONNECT_SECONDS."""
+    address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        raise UnusableMirror("no address that begins with http:// or https://")
+    login, _, host = address.netloc.rpartition("@")
+    request = urllib.request.Request(address._replace(netloc=host).geturl(), headers=headers)
+    if login:  # not for another host, to which this one may redirect
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(unquote(login).encode()).decode()}")
     outcomes = queue.Queue()
 
-    def request():  # in a thread, since a name's look-up has no time-out of its own
+    def send():  # in a thread, since a name's look-up has no time-out of its own
         try:
-            outcomes.put(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL_SECONDS))
+            outcomes.put(urllib.request.urlopen(request, timeout=STALL_SECONDS))
         except Exception as error:
             outcomes.put(error)
 
-    threading.Thread(target=request, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
     try:
         outcome = outcomes.get(timeout=CONNECT_SECONDS)
     except queue.Empty:

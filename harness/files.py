@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -74,15 +75,41 @@ def read_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"wrong CRC of {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "arguments", "weights", "epoch"}:
-            raise ValueError("not written by these scripts")
+        check_members(checkpoint)
         return checkpoint
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        raise DamagedCheckpoint(
+            f"{path} holds more than weights and plain values, maybe code: do not trust it"
+        ) from None
     except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
         raise DamagedCheckpoint(
             f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
         ) from None
+
+
+def check_members(checkpoint: object) -> None:
+    """Raise ValueError if this is no dict as these scripts write it, for inference or for resuming."""
+    required = {"model": str, "arguments": dict, "classes": list, "mean": list, "std": list, "weights": dict}
+    optional = {"recipe": dict, "rows": list, "optimizer": dict, "scaler": dict, "scheduler": dict, "figures": dict}
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= required.keys() | {"epoch"}:
+        raise ValueError("not written by these scripts")
+    for name, kind in (required | optional).items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}, not a {kind.__name__}")
+    epoch, accuracy = checkpoint["epoch"], checkpoint.get("accuracy", 0.0)
+    if type(epoch) is not int or epoch < 1 or not isinstance(accuracy, int | float):
+        raise ValueError(f"its epoch is {epoch!r}, its accuracy {accuracy!r}")
+    for name, tensor in checkpoint["weights"].items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.isfinite().all():
+            raise ValueError(f"its weights {name} are not finite numbers")
+    if "rows" in checkpoint:
+        rows, columns = checkpoint["rows"], {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}
+        if not rows or not all(isinstance(row, dict) and row.keys() >= columns for row in rows):
+            raise ValueError("its rows are no log")
+    if "recipe" in checkpoint and not checkpoint["recipe"].keys() >= {"run", "data"}:
+        raise ValueError("its recipe names no run and no data")
 
 
 def read_first_whole(paths: list[Path]) -> tuple[Path, dict]:

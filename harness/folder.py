@@ -26,16 +26,24 @@ class RunFolder:
         """
         if self.held:
             return
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))  # beside the folder, which may be moved
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Beside the folder, which may be moved: the name stays taken.
-            self.held = FileLock(self.path.with_name(f".{self.path.name}.lock")).acquire(timeout=0)
+            lock.acquire(timeout=0)
+            self.held = lock
         except Timeout:
             owner = self.path / OWNER
             who = f"process {owner.read_text().split()[0]}" if owner.exists() else "another process"
             raise UserError(f"{self.path} is in use by {who}; wait for it, or take other --checkpoints") from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}; take other --checkpoints") from None
+
+    def release(self) -> None:
+        """Give the name back."""
+        if self.held:
+            Path(self.held.lock_file).unlink(missing_ok=True)  # first: whoever has opened it meanwhile, tries again
+            self.held.release()
+            self.held = None
 
     def own(self) -> None:
         """Make what lies there this process's, and remove what a killed process has left half-written."""
@@ -62,14 +70,14 @@ class RunFolder:
             leftover.unlink()
         for name, content in {OWNER: self.owner.encode(), **files}.items():
             write_atomically(new / name, content)
-        if self.path.exists():
+        if os.path.lexists(self.path):
             self.move_earlier_run()
         new.rename(self.path)
         sync_folder(self.path.parent)
 
     def move_earlier_run(self) -> None:
         """Move what lies there to the next free name, or remove it if there is no file of a run in it."""
-        if {path.name for path in self.path.iterdir()} <= {OWNER}:
+        if not self.path.is_symlink() and {path.name for path in self.path.iterdir()} <= {OWNER}:
             (self.path / OWNER).unlink(missing_ok=True)
             self.path.rmdir()
             return

@@ -43,7 +43,7 @@ def describe_recipe(
         "scheduler": describe_scheduler(scheduler, args.epochs),
         "criterion": {"name": type(criterion).__name__, **settings(vars(criterion), {"training"})},
         "augmentation": {name: plain(getattr(train_loader, name)) for name in AUGMENTATION},
-        "network": {"name": type(model).__name__, "arguments": plain(model.arguments)},
+        "network": {"name": type(model).__name__, "arguments": plain(getattr(model, "arguments", {}))},
         "normalisation": {"mean": plain(train_loader.mean), "std": plain(train_loader.std)},
         "data": data.fingerprint(),
     }

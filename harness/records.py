@@ -105,7 +105,7 @@ def describe_network(model, data, train_loader) -> dict:
     """Return what a file says of its weights: the network, its classes, and what its images are normalised with."""
     return {
         "model": type(model).__name__,
-        "arguments": model.arguments,
+        "arguments": getattr(model, "arguments", {}),
         "classes": data.classes,
         "mean": train_loader.mean,
         "std": train_loader.std,

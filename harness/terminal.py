@@ -32,6 +32,9 @@ def run(main: Callable[[], None]) -> None:
 
     The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, by which a cluster ends a job.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
     handle_signals()
     try:
@@ -42,8 +45,11 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         exit_with(2, "error: whoever read the output has gone")
-    except (UserError, OSError) as error:  # an OSError that got here: a file or folder without permission, say
+    except UserError as error:
         exit_with(2, f"error: {error}")
+    except OSError as error:  # a file or folder without permission, say
+        where = f"{error.filename}: {error.strerror}; name another path, or change what lies there"
+        exit_with(2, f"error: {where if error.filename else error}")
     except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
             exit_with(1, "error: the connection to another process is lost; its own error says why")
@@ -101,13 +107,21 @@ def data_folder(text: str) -> str:
     return text if text == "synthetic" else str(nonempty_path(text))
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's formatter, which takes a help text with a percent sign in it as it stands."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help
+
+
 class CommandLine(argparse.ArgumentParser):
     """argparse's parser, which answers a mistake with one line and exit status 2."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         exit_with(2, f"error: {message} (see --help)")

@@ -88,13 +88,14 @@ class TrainStep:
     def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
         """Set the learning rate, or scale the schedule to it."""
         for group in self.optimizer.param_groups:
-            if scheduler:
+            if "initial_lr" in group:
                 group["lr"] *= lr / group["initial_lr"]
                 group["initial_lr"] = lr
-            else:
+            else:  # without a schedule, or with ReduceLROnPlateau
                 group["lr"] = lr
-        if scheduler:
-            scheduler.base_lrs = [lr for _ in scheduler.base_lrs]
+        for each in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR
+            if hasattr(each, "base_lrs"):
+                each.base_lrs = [lr for _ in each.base_lrs]
 
     def forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1

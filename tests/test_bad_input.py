@@ -1,8 +1,13 @@
 """What users type: each mistake has its one line and exit status 2, and what is no mistake works."""
 
 import os
+import signal
+import struct
 import subprocess
 import sys
+import zlib
+
+import utils
 
 import pytest
 from helpers import R1, R2, ROOT, SCRIPTS, write_images
@@ -33,6 +38,16 @@ def test_mistakes_in_every_script(refused, name, flags, words):
     assert words in refused(name, *flags.split())
 
 
+def png16(colour_type, channels):
+    """A black PNG of 32x32 pixels with 16 bits a channel, which Pillow cannot write."""
+    rows = zlib.compress(bytes(1 + 32 * channels * 2) * 32)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """Folders of data, most of them with something wrong."""
@@ -45,6 +60,9 @@ def odd(tmp_path_factory):
     Image.new("RGB", (20_000, 20_000)).save(root / "bomb" / first)
     Image.new("RGB", (33, 32)).save(root / "large" / first)
     Image.new("I;16", (32, 32)).save(root / "sixteen" / first)
+    for name, colour_type, channels in (("sixteen colours", 2, 3), ("sixteen alpha", 4, 2)):
+        write_images(root / name, train=4, test=2)
+        (root / name / first).write_bytes(png16(colour_type, channels))
     for path in (root / "empty/test/dog").iterdir():
         path.unlink()
     write_images(root / "one class", classes=("cat",))
@@ -76,6 +94,8 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/bomb", "train/cat/0000.png is "),
         ("cifar10_r1.py --data {}/large", "train/cat/0000.png is 33x32, not 32x32"),
         ("cifar10_r1.py --data {}/sixteen", "train/cat/0000.png has more than 8 bits"),
+        ("cifar10_r1.py --data {}/sixteen colours", "train/cat/0000.png has more than 8 bits"),
+        ("cifar10_r1.py --data {}/sixteen alpha", "train/cat/0000.png has more than 8 bits"),
         ("cifar10_r1.py --data {}/empty", "test/dog holds no image"),
         ("cifar10_r1.py --data {}/one class", "holds 1 class folder; a classifier needs two or more"),
         ("cifar10_r1.py --data {}/differ", "has no counterpart in"),
@@ -144,3 +164,57 @@ def test_a_reader_that_goes_away(tmp_path, odd):
     assert done.stdout.count(b"\n") == 1
     assert done.stderr == b"cifar10_r1.py: error: whoever read the output has gone\n"
     assert (tmp_path / "checkpoints/cifar10_r1/last.pt").exists()
+
+
+def test_a_closed_output(tmp_path, odd):
+    for closed in (">&-", ">&- 2>&-"):
+        done = run(f"{sys.executable} {ROOT / R1} --data {odd / 'good'} --epochs 1 {closed}", tmp_path)
+        assert done.returncode == 0 and not done.stderr
+    assert (tmp_path / "checkpoints/cifar10_r1/run.json").exists()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "predict.py", "plot.py", "mean_and_std.py", "reproduce.py", "download.py"])
+def test_ctrl_c_while_pytorch_is_imported(name):
+    """One line, and the status that Ctrl-C has in a shell."""
+    code = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, module, *_):
+        if module == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["{name}"]
+runpy.run_path("{ROOT / name}", run_name="__main__")
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and process.stderr == f"{name}: ended by SIGINT\n"
+
+
+def test_a_percent_sign_in_a_scripts_help(capsys):
+    parser = utils.ArgumentParser("", epochs=1, batch_size=1, lr=1)
+    parser.add_argument("--drop", help="drop 10 % of the images (default: %(default)s)")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "drop 10 % of the images" in capsys.readouterr().out
+
+
+def test_a_class_with_a_newline_and_a_picture_of_169_megapixels(script, tmp_path):
+    folder = write_images(tmp_path / "odd", classes=("a\nb", "c"), train=4, test=2)
+    assert "\nAccuracy of a\\nb: " in script(R1, "--data", folder, "--epochs", 1).stdout
+    Image.new("L", (13_000, 13_000)).save(tmp_path / "large.png")
+    done = script("predict.py", "large.png", "--checkpoint", "checkpoints/cifar10_r1/best.pt")
+    assert "large.png: " in done.stdout and not done.stderr
+
+
+def test_a_runs_folder_that_is_a_link(script, tmp_path, odd):
+    flags = [R1, "--data", odd / "good", "--epochs", 1]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/cifar10_r1").symlink_to(tmp_path / "gone")
+    assert "is now in checkpoints/cifar10_r1.earlier1\n" in script(*flags).stdout
+    (tmp_path / "checkpoints/cifar10_r1").rename(tmp_path / "disk/run")
+    (tmp_path / "checkpoints/cifar10_r1").symlink_to(tmp_path / "disk/run")
+    assert "after epoch 1, which was the last\n" in script(*flags, "--resume").stdout
+    script(*flags[:-1], 2, "--resume")
+    assert "is now in checkpoints/cifar10_r1.earlier2\n" in script(*flags).stdout
+    assert (tmp_path / "checkpoints/cifar10_r1.earlier2/last.pt").exists()

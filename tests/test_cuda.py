@@ -1,11 +1,12 @@
 """The scripts and the training step on a GPU."""
 
+import utils
+
 import pytest
 import torch
 from helpers import MOBILENET, R1, R2, R3, R4
 from torch import nn
 
-import utils
 from harness.data import load_data
 from harness.devices import DTYPES
 from harness.loader import Loader

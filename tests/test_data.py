@@ -243,6 +243,19 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     assert not torch.equal(epoch(1, 5), epoch(1, 6)) and not torch.equal(epoch(1, 5), epoch(2, 5))
 
 
+def test_photographs_are_read_upright_and_hidden_folders_are_not(tmp_path):
+    folder = write_images(tmp_path / "pictures", classes=("cat", "dog"), train=2, test=2)
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16] = 255  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(upright[::-1, ::-1]).save(folder / "train/cat/0000.png", exif=exif)
+    (folder / "train/cat/.ipynb_checkpoints").mkdir()
+    Image.fromarray(upright).save(folder / "train/cat/.ipynb_checkpoints/copy.png")
+    data = load_data(folder)
+    assert len(data.train_images) == 4 and np.array_equal(data.train_images[0].permute(1, 2, 0), upright)
+
+
 def test_a_transform_draws_anew_for_each_group():
     loader = make_loader(64, batch_size=16, training=True, transform=v2.RandomInvert(0.5))
     loader.images[:] = 255

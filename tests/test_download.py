@@ -23,6 +23,7 @@ class Source(BaseHTTPRequestHandler):
     """Serves `server.content` in the way that the path names."""
 
     def do_GET(self):
+        self.server.logins.append(self.headers["Authorization"])
         self.server.requests.append((self.path, self.headers["Range"]))
         content, first = self.server.content, 0
         if self.path == "/redirect":
@@ -41,7 +42,7 @@ class Source(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         if self.path == "/page":
-            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Type", "text/\x1b[31mhtml")
         if self.path != "/page-without-length":
             self.send_header("Content-Length", len(content) - first)
         self.end_headers()
@@ -74,6 +75,7 @@ def server(original):
     with ThreadingHTTPServer(("127.0.0.1", 0), Source) as server:
         server.handle_error = lambda *args: None  # a client that went away
         server.daemon_threads = True
+        server.logins = []
         server.content, server.requests, server.over = (root / CIFAR10.filename).read_bytes(), [], threading.Event()
         server.hashes = {key: hashes[key] for key in ("size", "sha256")}
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -100,7 +102,31 @@ def get(server, tmp_path, capsys, monkeypatch):
         assert printed[0].startswith("downloading CIFAR-10, 0 MB, into ")
         return printed[1:]
 
+    get.archive = tmp_path / "downloaded" / CIFAR10.filename
     return get
+
+
+@pytest.mark.parametrize(
+    "url, told",
+    [
+        ("file:///etc/passwd", "file address: no address that begins with http:// or https://"),
+        ("data:text/plain,x", "data address: no address that begins with http:// or https://"),
+        ("mirror", "an empty address: no address that begins with http:// or https://"),
+        ("http://", "http address: no address that begins with http:// or https://"),
+    ],
+)
+def test_an_address_that_is_none_is_named_and_left(get, server, monkeypatch, url, told):
+    monkeypatch.setenv("CIFAR10_URL", url)
+    assert get("whole") == [told]
+
+
+def test_a_password_is_sent_and_never_printed(get, server, monkeypatch):
+    for path, told in (("whole", []), ("missing", ["HOST: HTTP 404 Not Found"])):
+        url = f"http://me:se%20cret@127.0.0.1:{server.server_port}/{path}"
+        monkeypatch.setenv("CIFAR10_URL", url)
+        assert get("whole") == told
+        (get.archive).unlink()
+    assert server.logins == ["Basic bWU6c2UgY3JldA==", "Basic bWU6c2UgY3JldA==", None]
 
 
 def test_whole(get, server):

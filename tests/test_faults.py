@@ -304,6 +304,39 @@ def test_one_that_cannot_be_read_is_not_taken_for_damaged(refused, last, folders
     assert "last.pt cannot be read: Is a directory" in refused(R1, "--data", folders, "--resume")
 
 
+def test_members_of_another_type_are_refused(last, tmp_path):
+    checkpoint, path = torch.load(last, weights_only=True), tmp_path / "changed.pt"
+    for changes, words in (
+        ({"epoch": -5}, "its epoch is -5"),
+        ({"epoch": "2"}, "its epoch is '2'"),
+        ({"epoch": None}, "its epoch is None"),
+        ({"epoch": True}, "its epoch is True"),
+        ({"accuracy": "90"}, "its accuracy '90'"),
+        ({"rows": {}}, "its rows is a dict, not a list"),
+        ({"rows": []}, "its rows are no log"),
+        ({"rows": [{"epoch": 1}]}, "its rows are no log"),
+        ({"recipe": []}, "its recipe is a list, not a dict"),
+        ({"recipe": {}}, "its recipe names no run and no data"),
+        ({"classes": "cat"}, "its classes is a str, not a list"),
+        ({"optimizer": None}, "its optimizer is a NoneType, not a dict"),
+        ({"weights": {"a": torch.tensor([1, torch.nan])}}, "its weights a are not finite numbers"),
+        ({"weights": {"a": 1}}, "its weights a are not finite numbers"),
+    ):
+        torch.save(checkpoint | changes, path)
+        with pytest.raises(DamagedCheckpoint, match=r"changed\.pt is damaged or no checkpoint") as error:
+            read_checkpoint(path)
+        assert words in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_not_tested(refused, last, folders):
+    checkpoint = torch.load(last, weights_only=True)
+    for tensor in checkpoint["weights"].values():
+        tensor.fill_(torch.inf)
+    torch.save(checkpoint, last)
+    assert "are not finite numbers" in refused(R1, "--data", folders, "--evaluate")
+    assert "are not finite numbers" in refused("predict.py", folders / "test/cat/0000.png", "--checkpoint", last)
+
+
 def test_weights_that_are_not_finite_are_never_saved(refused, last, folders):
     best = last.with_name("best.pt")
     assert "not finite" in refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e20)

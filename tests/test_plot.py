@@ -1,9 +1,13 @@
 """plot.py: the pictures of runs."""
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from helpers import R1, R2, write_images
+from helpers import R1, R2, ROOT, write_images
 from PIL import Image
 
 import plot
@@ -58,7 +62,7 @@ def test_figures_of_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch)
     plot.mistakes(images, labels, logits, ["cat", "dog", "frog"], "network", tmp_path)
     shown = [text for text in texts[1] if "\nis " in text]
     assert shown == ["frog 98.7 %\nis dog", "dog 78.7 %\nis cat"]
-    assert any("2 of 4 test images wrong" in text for text in texts[1])
+    assert any("2 of 4 images wrong" in text for text in texts[1])
 
 
 def all_texts(figure):
@@ -80,6 +84,10 @@ def all_texts(figure):
         ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
         (" ".join(["{run}"] * 10), "10 runs are more than there are colours, 9"),
         ("bad", "bad/log.csv is no log of a run"),
+        ("huge", "huge/log.csv is no log of a run"),
+        ("{run} {run} --output C.PNG.txt", "argument --output: 'C.PNG.txt' has no suffix of a picture"),
+        ("{run} {run} --output x.pgf", "x.pgf cannot be drawn ("),
+        ("{run}/best --data {data}", "best/last.pt is for inference and does not name its data"),
         ("", "the following arguments are required: RUN"),
     ],
 )
@@ -87,9 +95,18 @@ def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
     if "{run}" in flags:
         script(R1, "--data", folders, "--epochs", 1)
     other = write_images(tmp_path / "other", classes=("cat", "dog"), train=2, test=2) if "{other}" in flags else None
+    if "x.pgf" in flags and shutil.which("xelatex"):
+        pytest.skip("LaTeX is installed")
+    if "/best" in flags:
+        best = tmp_path / "checkpoints/cifar10_r1/best"
+        best.mkdir()
+        shutil.copy(best.parent / "best.pt", best / "last.pt")
+        shutil.copy(best.parent / "log.csv", best)
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge/log.csv").write_text(f"epoch,lr\n1,{'9' * 200_000}\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/log.csv").write_text("epoch,lr\n1,one\n")
-    assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other).split())
+    assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other, data=folders).split())
 
 
 def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
@@ -99,11 +116,23 @@ def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
 
 
 def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, monkeypatch):
-    for seed in (0, 1):
-        script(R1, "--data", folders, "--epochs", 1, "--seed", seed, "--checkpoints", f"seed{seed}")
+    for here in ("one", "two"):
+        script(R1, "--data", folders, "--epochs", 1, "--checkpoints", here)
     drawn = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot, "curves", lambda logs, path: drawn.update(logs))
-    monkeypatch.setattr("sys.argv", ["plot.py", "seed0/cifar10_r1", "seed1/cifar10_r1"])
+    monkeypatch.setattr("sys.argv", ["plot.py", "one/cifar10_r1", "two/cifar10_r1"])
     plot.main()
-    assert [*drawn] == ["seed0/cifar10_r1", "seed1/cifar10_r1"]
+    assert [*drawn] == ["one/cifar10_r1", "two/cifar10_r1"]
+
+
+def test_a_suffix_in_capitals(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 1)
+    script("plot.py", *["checkpoints/cifar10_r1"] * 2, "--output", "C.PNG")
+    assert (tmp_path / "C.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_import_leaves_matplotlibs_settings_alone():
+    code = "import matplotlib; before = dict(matplotlib.rcParams); import mean_and_std, plot, predict, reproduce; "
+    code += "assert before == dict(matplotlib.rcParams)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

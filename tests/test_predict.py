@@ -78,7 +78,10 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
         ("good.png", "the following arguments are required: --checkpoint"),
         ("good.png --checkpoint none.pt", "none.pt cannot be read: No such file or directory"),
         ("good.png --checkpoint text.pt", "text.pt is damaged or no checkpoint"),
-        ("good.png --checkpoint hostile.pt", "hostile.pt is damaged or no checkpoint"),
+        (
+            "good.png --checkpoint hostile.pt",
+            "hostile.pt holds more than weights and plain values, maybe code: do not",
+        ),
         ("good.png --checkpoint unknown.pt", "unknown.pt holds a network 'utils'; models/ has MobileNetV2, ResNet18,"),
         ("good.png --checkpoint changed.pt", "changed.pt holds another TutorialCNN than models/ has now"),
         ("good.png --checkpoint best.pt --device cuda:99", "--device cuda:99: this machine"),
@@ -108,3 +111,11 @@ def test_mistakes_are_refused(refused, tmp_path, flags, words):
     (tmp_path / "empty").mkdir()
     assert words in refused("predict.py", *flags.split())
     assert not (tmp_path / "sprung").exists()
+
+
+def test_loading_draws_no_random_number(script, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 1)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    predict.load_classifier(tmp_path / "checkpoints/cifar10_r1/best.pt")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,11 +5,12 @@ import json
 import re
 import sys
 
+import utils
+
 import pytest
 import torch
 from helpers import R1, R2, R4, ROOT, log
 
-import utils
 from harness.recipe import first_difference, plain
 
 # ------------------------------------------------------------------------------------------------ its recipe

@@ -86,6 +86,40 @@ def test_a_record_of_other_data_is_no_record_of_this(refused, tmp_path, folders)
         assert "mine/r1-seed0.json is of other data than --data" in line
 
 
+def test_a_record_that_is_none_is_named_and_passed_over(script, tmp_path):
+    whole = (reproduce.RESULTS / "cpu/r1-seed0.json").read_text()
+    foreign = json.dumps(json.loads(whole) | {"epochs": "all"})
+    (tmp_path / "mine").mkdir()
+    for content in ("", "{}", "[]", whole[:500], f"<<<<<<< HEAD\n{whole}", foreign):
+        (tmp_path / "mine/r1-seed0.json").write_text(content)
+        out = script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
+        assert out.count("mine/r1-seed0.json is no record of a run; passed over\n") == 1
+        assert "[1/1] r1, seed 0, not begun: " in out
+    (tmp_path / "mine/r1-seed0.json").write_text(whole)
+    assert "passed over" not in script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
+
+
+def test_a_damaged_log_is_written_anew(start, script, tmp_path, folders):
+    flags = ["--only", "r1", "--data", folders, "--results", "mine"]
+    log = tmp_path / "checkpoints/reproduce/cifar10_r1/log.csv"
+    process = start("reproduce.py", *flags)
+    wait_for_epochs(process, log.parent, 1)
+    process.terminate()
+    process.join(60)
+    log.write_text(f"epoch,lr\n{'9' * 200_000}\n")
+    assert "[1/1] r1, seed 0, not begun: " in script("reproduce.py", *flags).stdout
+    assert len(plot.read_log(log.parent)) == 26
+
+
+def test_a_folder_for_records_that_cannot_be_written(refused, script, tmp_path, folders):
+    (tmp_path / "file").touch()
+    for results in ("file", "file/below"):
+        line = refused("reproduce.py", "--only", "r1", "--data", folders, "--results", results)
+        assert f"--results {results} cannot be written: " in line
+    assert not (tmp_path / "checkpoints").exists()
+    script("reproduce.py", "--list", "--only", "r1", "--results", ".")
+
+
 def test_a_row_that_fails_says_which(script, tmp_path):
     stderr = script(
         "reproduce.py", "--only", "r1", "--data", tmp_path / "none.tar", "--device", "cuda:99", status=2

@@ -9,9 +9,13 @@ import shutil
 import signal
 import time
 
+import utils
+
 import pytest
 import torch
 from helpers import MOBILENET, R1, R2, R3, R4, log, output, same_weights, wait_for_a_save, write_images
+
+from harness.recipe import describe_scheduler
 
 
 @pytest.mark.parametrize(
@@ -23,7 +27,7 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_p
     write_images(tmp_path / "data", train=8, test=4)
     name, *flags = [*command, "--batch-size", 12, "--lr", 0.01, "--epochs", 5, "--resume"]
     script(name, *flags, "--checkpoints", "whole")
-    (whole,) = (tmp_path / "whole").glob("[!.]*")
+    (whole,) = (tmp_path / "whole").iterdir()
     record = json.loads((whole / "run.json").read_text())
     epoch_seconds = min(row["seconds"] for row in record["epochs"])  # a process's first one takes longer
     parts, moments = tmp_path / "parts" / whole.name, random.Random(0)
@@ -230,3 +234,26 @@ def test_a_finished_runs_record_stays(script, tmp_path, folders):
     before = record.read_bytes()
     script(*flags, "--precision", "bf16")
     assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [torch.optim.lr_scheduler.ConstantLR(optimizer, 1), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)],
+            [5],
+        ),
+        lambda optimizer: None,
+    ],
+)
+def test_a_rate_is_given_to_any_scheduler(make):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = make(optimizer)
+    step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
+    step.change_lr(0.01, scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert json.dumps(describe_scheduler(scheduler, 10))

@@ -1,0 +1,175 @@
+"""Each script does what its constants and its flags say: what it hands over to the training, without training."""
+
+import functools
+import json
+
+import utils
+
+import pytest
+import torch
+from helpers import MOBILENET, R1, R2, R3, R4
+from torch import nn
+
+from harness.checkpoints import Checkpoints
+from harness.devices import name_precision
+from harness.loader import Loader
+
+ADAMW = {"optimizer.name": "AdamW", "optimizer.weight_decay": "WEIGHT_DECAY", "optimizer.betas": [0.9, 0.999]}
+SGD = {
+    "optimizer.name": "SGD", "optimizer.weight_decay": "WEIGHT_DECAY", "optimizer.momentum": "MOMENTUM",
+    "optimizer.nesterov": True, "optimizer.dampening": 0,
+}  # fmt: skip
+EVERY = {
+    "batch_size": "BATCH_SIZE", "lr": "LR", "epochs": "EPOCHS", "seed": 0, "optimizer.lr_multiple": 1.0,
+    "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
+    "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
+    "augmentation.flip": True, "augmentation.crop": True, "augmentation.transform": None,
+    "test.flip": False, "test.crop": False, "test.cutout": 0, "test.training": False, "training": True,
+    "scheduler.name": None, "groups": 1, "test.transform": None,
+}  # fmt: skip
+# The peak after a quarter of the epochs, in a line up and down again; an epoch has the rate of its middle.
+TRIANGLE = {"scheduler.name": "LambdaLR", "scheduler.peak": "PEAK"}
+SMOOTH = {"criterion.label_smoothing": "LABEL_SMOOTHING"}
+IMAGENET = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  # of CIFAR-10, as published
+TUTORIAL = {"constants.MEAN": [0.5] * 3, "constants.STD": [0.5] * 3}
+OWN = {f"constants.{name.upper()}": values for name, values in IMAGENET.items()}
+RESNET = {"network.name": "ResNet18"}
+HANDED_OVER = {  # by command line: a value of the recipe, or the constant that it must be
+    R1: EVERY | SGD | TUTORIAL | {"augmentation.flip": False, "augmentation.crop": False, "precision": "PRECISION"},
+    f"{R1} --flip": EVERY | SGD | TUTORIAL | {"augmentation.crop": False, "precision": "PRECISION"},
+    R2: EVERY | ADAMW | TUTORIAL | RESNET | {"augmentation.crop": False, "epochs": "EPOCHS.flip"},
+    f"{R2} --crop": EVERY | ADAMW | TUTORIAL | RESNET | {"epochs": "EPOCHS.crop"},
+    R3: EVERY | ADAMW | OWN | RESNET | {"network.arguments.stem": "imagenet", "base": "BASE"},
+    R4: EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
+        "epochs": "EPOCHS.imagenet", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "imagenet"
+    },
+    f"{R4} --stem cifar": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
+        "epochs": "EPOCHS.cifar", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "cifar"
+    },
+    f"{R4} --stem cifar-nopool": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
+        "epochs": "EPOCHS.cifar-nopool", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "cifar-nopool"
+    },
+    MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | {"network.name": "MobileNetV2"},
+}  # fmt: skip
+FLAGS = ["--epochs", 7, "--batch-size", 24, "--lr", 0.0123, "--seed", 5, "--precision", "fp32", "--holdout"]
+GIVEN = {"epochs": 7, "batch_size": 24, "lr": 0.0123, "seed": 5, "precision": "fp32", "holdout": True, "images": 81}
+
+
+def hand_over(path):
+    """In the process of a script: writes what it gives to Checkpoints and `utils.test` into a file, then ends it."""
+    loaders = []
+
+    class Seen(Loader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            loaders.append(self)
+
+    utils.Loader = Seen
+
+    def epochs_left(checkpoints):
+        train, test = loaders
+        assert train is checkpoints.loader
+        recipe = checkpoints.recipe | {"training": train.training, "precision": name_precision(train.dtype)}
+        recipe["test"] = {name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "cutout", "training")}
+        recipe["test"]["transform"] = test.transform
+        recipe |= {"groups": len(checkpoints.optimizer.param_groups), "images": len(train.labels)}
+        recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
+        if checkpoints.scheduler:
+            (factors,), epochs = recipe["scheduler"]["factors"], recipe["epochs"]
+            peak = recipe["constants"]["PEAK"] * epochs
+            middles = [epoch + 0.5 for epoch in range(epochs)]
+            triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]
+            assert factors == pytest.approx(triangle, abs=1e-6)
+            recipe["scheduler"]["peak"] = recipe["constants"]["PEAK"]
+        path.write_text(json.dumps(recipe))
+        raise SystemExit(0)
+
+    Checkpoints.epochs_left = epochs_left
+
+
+def look_up(recipe, names):
+    return functools.reduce(lambda value, name: value[name], names.split("."), recipe)
+
+
+@pytest.mark.parametrize("line", HANDED_OVER)
+def test_a_script_does_what_it_says(script, tmp_path, folders, line):
+    name, *flags = line.split()
+    path = tmp_path / "recipe.json"
+    for extra, given in (([], {}), (FLAGS, GIVEN)):
+        script(name, "--data", folders, *flags, *extra, before=functools.partial(hand_over, path))
+        recipe = json.loads(path.read_text())
+        constants = recipe["constants"]
+        used = set()
+        for place, expected in (HANDED_OVER[line] | given).items():
+            if isinstance(expected, str) and expected.partition(".")[0] in constants:
+                used.add(expected.partition(".")[0])
+                expected = look_up(constants, expected)
+            assert look_up(recipe, place) == expected, place
+        assert extra or used == constants.keys(), "a constant that no line of the table looks at"
+
+
+# -------------------------------------------------------------------------------------- what utils.py does
+
+
+class Watcher(nn.Module):
+    """A network with batch-norm and dropout that notes in which mode it is called, and what its dropout draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.linear = nn.BatchNorm2d(3), nn.Dropout(), nn.Linear(3, 2)
+        self.modes, self.draws = [], []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        self.draws.append(self.dropout(torch.ones(64)))
+        return self.linear(self.norm(images).mean((2, 3)))
+
+
+@pytest.fixture
+def loaders():
+    images = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    common = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "device": torch.device("cpu"), "dtype": torch.float32}
+    labels = torch.arange(64) % 2
+    return Loader(images, labels, 16, training=True, flip=True, **common), Loader(images, labels, 16, **common)
+
+
+def test_every_epoch_draws_anew(loaders):
+    model, seen = Watcher(), []
+
+    def step(images, labels, weight):
+        seen.append(images[:, 0, 0, 0].tolist())
+        return torch.tensor(1.0), model(images)
+
+    train_step = type("Step", (), {"model": model, "__call__": staticmethod(step)})()
+    for epoch in (1, 2, 1):
+        utils.train(train_step, loaders[0], epoch)
+    first, second, again = seen[:4], seen[4:8], seen[8:]
+    for epoch in (first, second):
+        assert sorted(number for batch in epoch for number in batch) == list(range(64))
+    assert first == again != second  # the order
+    draws = [torch.cat(model.draws[i : i + 4]) for i in (0, 4, 8)]
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])  # the dropout
+    assert all(model.modes)
+
+
+def test_testing_is_in_evaluation_mode_and_changes_nothing(loaders):
+    model = Watcher().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for call in (
+        lambda: utils.test(model, loaders[1], nn.CrossEntropyLoss(), 1),
+        lambda: utils.predict(model, loaders[1]),
+    ):
+        model.train()
+        call()
+    assert model.modes == [False] * 8
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_testing_gives_the_mean_loss_and_the_accuracy(loaders):
+    class Constant(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[0.0, 1.0]]).expand(len(images), 2)
+
+    loss, accuracy = utils.test(Constant(), loaders[1], nn.CrossEntropyLoss(), 1)
+    expected = nn.functional.cross_entropy(torch.tensor([[0.0, 1.0]]).expand(64, 2), loaders[1].labels)
+    assert accuracy == 50 and loss == pytest.approx(expected.item())
