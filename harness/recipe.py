@@ -118,6 +118,10 @@ def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str]) -> No
 
     may_differ: see `first_difference`.
     """
+    if theirs.get("holdout", False) != ours["holdout"]:  # before the data, which differ by it
+        raise UserError(
+            f"{path} is of a run {'with' if theirs.get('holdout') else 'without'} --holdout; make them agree"
+        )
     if theirs["data"] != ours["data"]:
         raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
     if unknown := [name for name, value in ours.items() if value and name not in theirs]:

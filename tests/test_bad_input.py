@@ -173,7 +173,7 @@ def test_a_closed_output(tmp_path, odd):
     assert (tmp_path / "checkpoints/cifar10_r1/run.json").exists()
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "predict.py", "plot.py", "mean_and_std.py", "reproduce.py", "download.py"])
+@pytest.mark.parametrize("name", [R1, "predict.py", "plot.py", "mean_and_std.py", "reproduce.py", "download.py"])
 def test_ctrl_c_while_pytorch_is_imported(name):
     """One line, and the status that Ctrl-C has in a shell."""
     code = f"""

@@ -208,6 +208,8 @@ def test_cutout_is_a_square_around_a_random_pixel():
         assert hole.sum() == len(rows) * len(columns) and len(rows) <= 8 and len(columns) <= 8
         centres.add((rows[0].item(), columns[0].item()))
     assert len(centres) > 500  # of 28 * 28
+    rows = [hole.any(1).nonzero().flatten() for hole in holes]
+    assert {(r[0].item(), r[-1].item()) for r in rows} >= {(0, 3), (0, 7), (24, 31), (27, 31)}  # centres 0, 4, 28, 31
     assert holes[:, 8:-8, 8:-8].float().mean() == pytest.approx(64 / 32**2, rel=0.1)  # a pixel's share of the squares
 
 
@@ -231,6 +233,13 @@ def test_batches_differ_by_one_image_at_most(n, batch_size, sizes):
     assert {len(batch) for batch in labels} == sizes
     assert torch.cat(labels).sort().values.equal(torch.arange(n))
     assert len(loader) == len(labels)
+
+
+def test_an_image_keeps_its_label():
+    loader = make_loader(200, batch_size=16, training=True)
+    loader.images[:] = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+    for images, labels in loader:
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
 
 
 def test_an_epoch_depends_on_seed_and_epoch_alone():

@@ -60,7 +60,14 @@ def test_a_script_knows_no_room(name):
     assert packages(ROOT / name) & OURS <= {"utils", "models", "plot"}
 
 
-@pytest.mark.parametrize("path", (ROOT / "models").glob("*.py"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_utils_before_pytorch(name):
+    """So that a Ctrl-C in the seconds of that import is one line, as tests/test_bad_input.py sees it for r1."""
+    first = next(node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, ast.Import))
+    assert [module.name for module in first.names] == ["utils"]
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "models").glob("*.py")], ids=lambda path: path.stem)
 def test_models_import_torch_and_torchvision_only(path):
     assert packages(path) <= {"models", "torch", "torchvision"}
 

@@ -37,6 +37,7 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
         (("CUTOUT = 8", "CUTOUT = 12"), "with CUTOUT 8, this one has 12; make them agree"),
         (("LABEL_SMOOTHING = 0.1", "LABEL_SMOOTHING = 0"), "LABEL_SMOOTHING 0.1, this one has 0;"),
         (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
+        (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
         (("flip=True", "flip=False"), "augmentation flip True, this one has False;"),
         (
@@ -219,7 +220,7 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
 # ------------------------------------------------------------------------------------------------- held out
 
 
-def test_holdout_tests_on_training_images(script, tmp_path, folders):
+def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
     out = script(R1, "--data", folders, "--epochs", 1, "--holdout").stdout
     assert "81 training and 9 held-out training images of 3 classes" in out  # of 90
     assert "Accuracy of the network on the held-out training images: " in out
@@ -230,6 +231,13 @@ def test_holdout_tests_on_training_images(script, tmp_path, folders):
     script("plot.py", folder, "--data", folders)
     out = script("predict.py", folders / "test/cat/0000.png", "--checkpoint", folder / "best.pt").stdout
     assert " % of the held-out training images right" in out
+    for flags, words in (
+        (["--resume", folder / "last.pt"], "with"),
+        (["--holdout", "--resume", "plain.pt"], "without"),
+    ):
+        script(R1, "--data", folders, "--epochs", 1, "--checkpoints", "plain")
+        (tmp_path / "plain/cifar10_r1/last.pt").rename(tmp_path / "plain.pt")
+        assert f"is of a run {words} --holdout; make them agree" in refused(R1, "--data", folders, *flags)
     assert "Accuracy of the network on the test images" in (
         script(R1, "--data", folders, "--evaluate", folder / "last.pt").stdout
     )

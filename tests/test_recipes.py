@@ -173,3 +173,10 @@ def test_testing_gives_the_mean_loss_and_the_accuracy(loaders):
     loss, accuracy = utils.test(Constant(), loaders[1], nn.CrossEntropyLoss(), 1)
     expected = nn.functional.cross_entropy(torch.tensor([[0.0, 1.0]]).expand(64, 2), loaders[1].labels)
     assert accuracy == 50 and loss == pytest.approx(expected.item())
+
+
+def test_a_row_of_the_confusion_matrix_is_a_class():
+    logits = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]])  # predicted as 0, 2, 1, 2
+    confusion = utils.confusion_matrix(logits, torch.tensor([0, 0, 1, 2]))
+    assert confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert utils.per_class_accuracy(confusion).tolist() == [50, 100, 100]

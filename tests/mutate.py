@@ -1,0 +1,145 @@
+# ruff: noqa: E501
+"""Break the code in many places, one at a time, and see whether the tests notice.
+
+python tests/mutate.py              # all of them, which takes some 15 minutes on two cores
+python tests/mutate.py loader       # those of the files whose name holds that word
+
+Each mutation is made in a copy of the repository, and followed by the tests that ought to notice. It prints a line for
+each and the score at the end. What is not noticed is a test to write, or a line with a reason in NOT_NOTICED.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES, RECIPE = "test_recipes.py", "test_recipe.py"
+MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k expression for them
+    # scripts: constants and flags without effect, or with another value than they say
+    ("cifar10_r1.py", "flip=args.flip", "flip=True", RECIPES, "r1"),
+    ("cifar10_r1.py", "momentum=MOMENTUM", "momentum=0.8", RECIPES, "r1"),
+    ("cifar10_r1.py", "weight_decay=WEIGHT_DECAY", "weight_decay=0", RECIPES, "r1"),
+    ("cifar10_r1.py", "nesterov=True", "nesterov=False", RECIPES, "r1"),
+    ("cifar10_r1.py", "precision=PRECISION", 'precision="bf16"', RECIPES, "r1"),
+    ("cifar10_r1.py", "lr=args.lr", "lr=LR", RECIPES, "r1"),
+    ("cifar10_r2.py", "crop=args.crop", "crop=False", RECIPES, "r2"),
+    ("cifar10_r2.py", 'EPOCHS["crop" if args.crop', 'EPOCHS["crop" if not args.crop', RECIPES, "r2"),
+    ("cifar10_r2.py", "batch_size=BATCH_SIZE", "batch_size=128", RECIPES, "r2"),
+    ("cifar10_r3.py", "MEAN, STD, flip", "MEAN, MEAN, flip", RECIPES, "r3"),
+    ("cifar10_r3.py", "STD = (0.2023", "STD = (0.2470", RECIPES, "r3"),
+    ("cifar10_r3.py", ", base=BASE", "", RECIPES, "r3"),
+    ("cifar10_r4.py", "cutout=CUTOUT", "cutout=0", RECIPES, "r4"),
+    ("cifar10_r4.py", "label_smoothing=LABEL_SMOOTHING", "label_smoothing=0", RECIPES, "r4"),
+    ("cifar10_r4.py", "args.epochs, PEAK", "args.epochs, 0.5", RECIPES, "r4"),
+    ("cifar10_r4.py", "stem=args.stem", 'stem="imagenet"', RECIPES, "r4"),
+    ("cifar10_r4.py", "        scheduler.step()\n", "", "test_resume.py", "rate_given"),
+    ("train_mobilenetv2.py", "crop=True", "crop=False", RECIPES, "mobilenet"),
+    ("train_mobilenetv2.py", "train_step, scheduler)", "train_step)", RECIPES, "mobilenet"),
+    # utils.py
+    ("utils.py", "    loader.set_epoch(epoch)\n", "", RECIPES, "anew"),
+    ("utils.py", "    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout\n", "", RECIPES, "anew"),
+    ("utils.py", "    model.eval()\n    with Meter", "    with Meter", RECIPES, "evaluation"),
+    ("utils.py", "    model.eval()\n    own_logits", "    own_logits", RECIPES, "evaluation"),
+    ("utils.py", "    train_step.model.train()\n", "    train_step.model.eval()\n", RECIPES, "anew"),
+    ("utils.py", "TEST_BATCH_SIZE, **common", "TEST_BATCH_SIZE, flip=flip, **common", RECIPES, "r4"),
+    ("utils.py", "classes * labels + logits.argmax(1)", "classes * logits.argmax(1) + labels", RECIPES, "confusion"),
+    ("utils.py", "confusion.sum(1)", "confusion.sum(0)", "test_scripts.py", "record or synthetic"),
+    ("utils.py", "epoch + 0.5", "epoch", RECIPES, "r4"),
+    ("utils.py", "        data = data.hold_out()\n", "        pass\n", RECIPE, "holdout"),
+    # loader
+    ("harness/loader.py", "torch.randperm(n, generator=generator)", "torch.arange(n)", "test_data.py " + RECIPES, "anew"),
+    ("harness/loader.py", "epoch_seed(self.seed, self.epoch)", "self.seed", "test_data.py", "epoch"),
+    ("harness/loader.py", "torch.randint(2, (n,), generator=generator)", "torch.randint(2, (n,))", "test_data.py", "epoch"),
+    ("harness/loader.py", "2 * PADDING + 1, (2, n)", "2 * PADDING, (2, n)", "test_data.py", "distribution"),
+    ("harness/loader.py", "PADDED * rows + columns", "PADDED * columns + columns", "test_data.py", "flip"),
+    ("harness/loader.py", "flip(2).flatten", "flip(1).flatten", "test_data.py", "flip"),
+    ("harness/loader.py", ".sub_(self.shift).div_", ".div_", "test_data.py", "normalisation"),
+    ("harness/loader.py", "- centre[:, None] + half", "- centre[:, None]", "test_data.py", "cutout"),
+    ("harness/loader.py", "self.labels[order]", "self.labels[order.sort().values]", "test_data.py", "keeps"),
+    ("harness/loader.py", "min(math.ceil(n / batch_size), n // 2)", "n // batch_size", "test_data.py", "differ"),
+    ("harness/loader.py", "WORLD_SIZE * len(share) / size", "1", "test_torchrun.py", "recipe_is"),
+    # training
+    ("harness/training.py", "        self.optimizer.zero_grad()\n", "", "test_scripts.py", "minute"),
+    ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
+    ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),
+    ("harness/training.py", "each.base_lrs = [lr", "each.base_lrs = [0.1", "test_resume.py", "rate"),
+    ("harness/training.py", "        same &= checkpoint.get", "        checkpoint.get", RECIPE, "order"),
+    # recipe, command line
+    ("harness/recipe.py", "if was == now or", "if names[0] == 'flags' or was == now or", RECIPE, ""),
+    ("harness/recipe.py", '"seed": args.seed', '"seed": 0', RECIPE + " test_scripts.py", "refuses or seed or recipe"),
+    ("harness/command_line.py", "seed != 0", "False", "test_scripts.py " + RECIPE, "seeds or called"),
+    ("harness/command_line.py", "if action.choices is not None", "if True", RECIPE, "called"),
+    ("harness/command_line.py", "is_value = word in flags", "is_value = False", RECIPE, "resumes"),
+    # checkpoints, folder, files, records
+    ("harness/checkpoints.py", "is_best = row is self.records.best_row()", "is_best = True", "test_resume.py", "best"),
+    ("harness/checkpoints.py", "            self.restore_best(checkpoint)\n", "", "test_resume.py", "best"),
+    ("harness/checkpoints.py", "        self.run_folder.check()\n        weights", "        weights", "test_faults.py", "goes"),
+    ("harness/checkpoints.py", "self.args.epochs + 1)", "self.args.epochs)", "test_scripts.py", "record"),
+    ("harness/checkpoints.py", "epoch < recipe.get(", "epoch > recipe.get(", "test_resume.py", "r3"),
+    ("harness/checkpoints.py", "if self.last_is_whole else None", "if False else None", "test_scripts.py", "damaged"),
+    ("harness/folder.py", "        self.path.rename(earlier)\n", "        __import__('shutil').rmtree(self.path)\n",
+     "test_scripts.py", "deletes"),
+    ("harness/folder.py", "            lock.acquire(timeout=0)\n", "", "test_resume.py test_faults.py", "second or stopped"),
+    ("harness/files.py", "damaged = file.testzip()", "damaged = None", "test_faults.py", "byte_changed_anywhere"),
+    ("harness/files.py", "        os.replace(new, path)\n", "        shutil.copyfile(new, path)\n", "test_faults.py",
+     "killed or full"),
+    ("harness/files.py", "type(epoch) is not int or epoch < 1", "False", "test_faults.py", "members"),
+    ("harness/records.py", 'key=lambda row: row["test_accuracy"]', 'key=lambda row: row["train_accuracy"]',
+     "test_scripts.py", "record or best"),
+    ("harness/records.py", 'sum(row["seconds"] for row in self.rows)', "0", "test_scripts.py", "record"),
+    # data, download
+    ("harness/data.py", "held_out[indices[len(indices[:10]) - 1 :: 10]]", "held_out[indices[:5000]]", "test_data.py", "held"),
+    ("harness/data.py", "if os.path.islink(link)", "if False", "test_bad_input.py", "mistakes"),
+    ("harness/data.py", "        check_is_free(root)\n", "        pass\n", "test_bad_input.py", "mistakes"),
+    ("harness/data.py", "if not check_integrity(folder / member, md5)", "if False", "test_data.py", "member"),
+    ("harness/download.py", "if sha256_of(part) == sha256", "if True", "test_download.py", "other_bytes"),
+    ("harness/download.py", 'f"bytes={have}-"', '"bytes=0-"', "test_download.py", "resumed"),
+    ("harness/download.py", 'filter="data"', 'filter="fully_trusted"', "test_download.py", "hostile"),
+    ("harness/download.py", "rpartition", "partition", "test_download.py", "password"),
+    # mean_and_std, predict, plot, models
+    ("mean_and_std.py", "(pixels - 1)).sqrt()", "pixels).sqrt()", "test_mean_and_std.py", "images"),
+    ("mean_and_std.py", "parts = values.split(256, dim=2)", "parts = values.split(1024, dim=2)", "test_mean_and_std.py", "own"),
+    ("predict.py", "images / 255", "images / 256", "test_predict.py", "accuracy"),
+    ("predict.py", "softmax(1)", "softmax(0)", "test_predict.py", ""),
+    ("plot.py", "argsort(descending=True", "argsort(descending=False", "test_plot.py", "mistakes"),
+    ("models/cpu_layers.py", "3 * rows[:, None, :, None]", "rows[:, None, :, None]", "test_models.py", "conv3x3"),
+    ("models/resnet.py", "stride=1, padding=1", "stride=2, padding=1", "test_models.py", ""),
+    ("models/mobilenetv2.py", "[6, 24, 2, 1]", "[6, 24, 2, 2]", "test_models.py", ""),
+    ("models/tutorial_cnn.py", "nn.Linear(120, 84), nn.ReLU()", "nn.Linear(120, 84)", "test_models.py", "tutorial"),
+]  # fmt: skip
+NOT_NOTICED = {  # a reason each
+    "parts = values.split(256, dim=2)": "1024 squares of 8 bits still round to the same digits that are checked",
+}
+
+
+def notices(file: str, text: str, instead: str, tests: str, expression: str) -> bool:
+    """Return whether the tests fail in a copy of the repository with this mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        ignored = shutil.ignore_patterns(".git", "checkpoints", "data", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        source = (copy / file).read_text()
+        assert source.count(text) >= 1, f"{file} has no {text!r} any more"
+        (copy / file).write_text(source.replace(text, instead))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", expression]
+        done = subprocess.run([*command, *(f"tests/{name}" for name in tests.split())], cwd=copy, capture_output=True)
+        assert done.returncode in (0, 1, 2), done.stdout.decode()[-2000:]
+        return done.returncode != 0
+
+
+def main() -> None:
+    chosen = [mutation for mutation in MUTATIONS if not sys.argv[1:] or sys.argv[1] in mutation[0]]
+    noticed = 0
+    for file, text, instead, tests, expression in chosen:
+        seen = notices(file, text, instead, tests, expression)
+        noticed += seen
+        verdict = "noticed    " if seen else "NOT NOTICED"
+        reason = "" if seen else f"  ({NOT_NOTICED.get(text, 'write a test')})"
+        print(f"{verdict} {file}: {text.strip()!r} -> {instead.strip()!r}{reason}", flush=True)
+    print(f"{noticed} of {len(chosen)} noticed")
+
+
+if __name__ == "__main__":
+    main()
