@@ -13,6 +13,7 @@ from torch import nn
 from harness.checkpoints import Checkpoints
 from harness.devices import name_precision
 from harness.loader import Loader
+from harness.records import Records
 
 ADAMW = {"optimizer.name": "AdamW", "optimizer.weight_decay": "WEIGHT_DECAY", "optimizer.betas": [0.9, 0.999]}
 SGD = {
@@ -180,3 +181,11 @@ def test_a_row_of_the_confusion_matrix_is_a_class():
     confusion = utils.confusion_matrix(logits, torch.tensor([0, 0, 1, 2]))
     assert confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert utils.per_class_accuracy(confusion).tolist() == [50, 100, 100]
+
+
+def test_the_best_epoch_is_the_first_with_the_best_test_accuracy(tmp_path):
+    records = Records(tmp_path, "test", tensorboard=False)
+    records.begin_epoch(0.1)
+    for epoch, (train, test) in enumerate([(50, 40), (60, 45), (70, 45), (80, 42)], 1):
+        records.add_epoch(epoch, (1.0, train), (1.0, test), 0.1)
+    assert records.best_row()["epoch"] == 2
