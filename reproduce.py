@@ -3,6 +3,8 @@
 python reproduce.py                          # all of them, which takes days without a GPU
 python reproduce.py --only r1-flip r2-crop
 python reproduce.py --only r1-flip --seeds 3
+python reproduce.py --only r1-flip --seeds 20 --jobs 4  # four runs at once, each on a GPU or a share of the CPU
+python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
 python reproduce.py --list                   # what there is, and how far it is
 python reproduce.py --readme                 # writes the README's tables and pictures anew, from results/
 
@@ -13,26 +15,30 @@ a finished row goes into results/mine, and is compared with those of other machi
 import argparse
 import functools
 import json
+import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, run
+from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
 import torch
+from tqdm import tqdm
 
 import plot
-from harness.command_line import positive_int, run_suffix
+from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
+from harness.jobs import Task, Worker, run_side_by_side
+from harness.statistics import Difference, difference, interval
 
+EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # a run's line
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
@@ -93,46 +99,101 @@ class Job(NamedTuple):
             return []
 
 
-def run_job(job: Job, args: argparse.Namespace, later: list[Job]) -> None:
-    """Run the job to its end; each of its epochs is printed with the time left. Raises UserError if it fails."""
+def task_of(job: Job, args: argparse.Namespace) -> Task:
+    """Return the job's command."""
     script, *flags = ROWS[job.name].command.removesuffix(" --resume").split()
     flags += ["--seed", job.seed, "--data", args.data, "--device", args.device]
     flags += ["--checkpoints", job.folder.parent, "--resume"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.PIPE, text=True, errors="replace"
-    )
+    after = ROWS[job.name].after
+    after = after and str(job._replace(name=after))
+    return Task(str(job), [sys.executable, str(ROOT / script), *map(str, flags)], after)
+
+
+def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
+    """Run the jobs, up to --jobs at once, and copy their records; return what went wrong, by the jobs that failed."""
+    by_name, bars = {str(job): job for job in jobs}, Bars(args.jobs)
+
+    def report(worker: Worker, line: str) -> None:
+        job, epoch = by_name[worker.task.name], EPOCH.match(line)
+        if epoch:
+            later = [other for other in by_name.values() if other is not job]
+            line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
+        if args.jobs == 1:
+            print(line, flush=True)
+        elif not bars.show(worker.number, job, epoch):
+            print(f"{job}: {line}", flush=True)
+
+    def finish(task: Task) -> None:
+        job = by_name.pop(task.name)
+        job.record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.record, (job.folder / "run.json").read_bytes())
+        read_record.cache_clear()
+        bars.write(f"{job}: {read_record(job.record)['accuracy']:.1f} %, {len(by_name)} to go")
+
     try:
-        for line in process.stdout:
-            epoch = re.match(r"epoch:(\d+)/(\d+) ", line)
-            print(
-                line.rstrip() + (f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later)}" if epoch else ""),
-                flush=True,
-            )
-    except BaseException:  # a signal, say
-        process.terminate()  # in order: what is saved stays whole
-        process.wait()
-        raise
-    if process.wait():
-        raise UserError(f"{job} ended with exit status {process.returncode}; its own error says why")
-    job.record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.record, (job.folder / "run.json").read_bytes())
-    read_record.cache_clear()
+        return run_side_by_side(
+            [task_of(job, args) for job in jobs], args.jobs, lambda n: share(n, args), report, finish
+        )
+    finally:
+        bars.close()
 
 
-def time_left(job: Job, epochs: int, later: list[Job]) -> str:
-    """Return how long `epochs` more of this job and the later jobs take, by its epochs so far and by records."""
-    seconds_per_epoch = statistics.median(job.epoch_seconds())
+def share(number: int, args: argparse.Namespace) -> dict[str, str]:
+    """Return the environment of the worker of this number: its GPU, or its share of the CPU's threads."""
+    if args.jobs == 1:
+        return {}
+    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return {"CUDA_VISIBLE_DEVICES": visible[number % gpus]}
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // args.jobs))}
+
+
+class Bars:
+    """On a terminal, a progress bar for each of several jobs that run at once."""
+
+    def __init__(self, count: int):
+        self.count, self.bars = count if count > 1 and sys.stdout.isatty() else 0, {}
+
+    def show(self, number: int, job: Job, epoch: re.Match | None) -> bool:
+        """Show what an epoch's line says in the bar of that number; return False where there are no bars."""
+        if not self.count or not epoch:
+            return bool(self.count)
+        bar = self.bars.get(number)
+        if not bar or bar.desc != f"{job}: ":
+            self.bars[number] = bar = progress_bar(desc=str(job), total=int(epoch[2]), position=number, leave=False)
+        bar.n = int(epoch[1])
+        bar.set_postfix_str(f"test accuracy:{epoch[3]}")
+        return True
+
+    def write(self, line: str) -> None:
+        """Print a line above the bars."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bars."""
+        for bar in self.bars.values():
+            bar.close()
+
+
+def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
+    """Return how long `epochs` more of this job and the later jobs take, by its epochs so far and by records.
+
+    at_once: how many jobs run side by side.
+    """
+    seconds_per_epoch = statistics.median(job.epoch_seconds() or [0])
     own = seconds_per_epoch * epochs
     if not later:
         return f"{minutes(own)} left"
     machines = read_records(job.record.parent).values()
     known, pace = {}, 1  # what is known of the rows, and how much longer they take here than where it is known from
     for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, and so decisive, a machine with this row
-        known |= {name: statistics.mean(record["seconds"] for record in records) for name, records in rows.items()}
+        known |= {name: statistics.mean(map(training_seconds, records)) for name, records in rows.items()}
         if job.name in rows:
             pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
     unknown = {other.name for other in later} - known.keys()
-    total = own + pace * sum(known.get(other.name, 0) for other in later)
+    total = (own + pace * sum(known.get(other.name, 0) for other in later)) / at_once
     but = f" but for {', '.join(sorted(unknown))}" if unknown else ""
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
@@ -178,12 +239,22 @@ def read_record(path: Path) -> dict | None:
     return None
 
 
+def training_seconds(record: dict) -> float:
+    """Return the time of a run: its median epoch times the number of epochs, so that work beside it does not count."""
+    return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
+
+
 def summary(records: list[dict], key: str = "accuracy") -> str:
-    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n."""
+    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n.
+
+    Behind them, in brackets, is the 95 % confidence interval of the mean.
+    """
     values = [record[key] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (n = {len(values)})"
+    low, high = interval(values)
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.1f} ± {deviation:.1f} (n = {len(values)}) [{low:.2f}, {high:.2f}]"
 
 
 def comparison(names: Iterable[str], machines: dict[str, dict[str, list[dict]]]) -> str:
@@ -196,6 +267,42 @@ def comparison(names: Iterable[str], machines: dict[str, dict[str, list[dict]]])
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def compare(one: str, other: str, only: list[str], own_folder: Path) -> str:
+    """Return what the records say of two rows, or of the rows `only` in two folders of results, A first, then B.
+
+    Raises UserError if one of them has fewer than two records.
+    """
+    lines = []
+    if one in ROWS and other in ROWS:
+        groups = [(f"{one} -> {other}", *(records_of(own_folder, name) for name in (one, other)))]
+    else:
+        folders = [RESULTS / name if (RESULTS / name).is_dir() else Path(name) for name in (one, other)]
+        names = [name for name in only if all(any(folder.glob(f"{name}-seed*.json")) for folder in folders)]
+        groups = [(name, *(records_of(folder, name) for folder in folders)) for name in names]
+    if not groups:
+        raise UserError(f"--compare {one} {other}: no two rows, and no two folders with records of one row")
+    for name, *pair in groups:
+        if min(map(len, pair)) < 2:
+            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison takes two seeds each")
+        values = [[record["accuracy"] for record in records] for records in pair]
+        lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
+    return "\n".join(lines)
+
+
+def records_of(folder: Path, name: str) -> list[dict]:
+    """Return the records of a row in a folder."""
+    return [record for path in sorted(folder.glob(f"{name}-seed*.json")) if (record := read_record(path))]
+
+
+def verdict(found: Difference) -> str:
+    """Return in a sentence what a difference says of the second of two."""
+    told = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]: the second is "
+    if found.low > 0 or found.high < 0:
+        return told + ("better" if found.mean > 0 else "worse")
+    needed = f"some {found.seeds:.0f} seeds each would tell" if found.seeds < 1e6 else "no number of seeds would tell"
+    return told + f"not to be told apart from the first with so many seeds; {needed} a difference of this size"
+
+
 def results_table(machines: dict[str, dict[str, list[dict]]]) -> str:
     """Return the README's table of results, in Markdown."""
     lines = [
@@ -206,7 +313,7 @@ def results_table(machines: dict[str, dict[str, list[dict]]]) -> str:
         start = f"| `python {row.command}` | {row.to_reach:g} |"
         found = [rows[name] for rows in machines.values() if name in rows]
         for records in found:
-            seconds = statistics.mean(record["seconds"] for record in records)
+            seconds = statistics.mean(map(training_seconds, records))
             machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
             accuracy, best = summary(records), summary(records, "best_accuracy")
             first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
@@ -276,7 +383,13 @@ def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"of {', '.join(ROWS)}")
-    add("--seeds", type=positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seeds", type=positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1"
+    )
+    seeds.add_argument("--seed", type=seed_int, metavar="K", help="run each row with this seed alone")
+    add("--jobs", type=positive_int, default=1, metavar="N", help="run N at once, each on a GPU or a share of the CPU")
+    add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only show the rows")
     add("--readme", action="store_true", help="only write the README's tables and pictures anew")
     add("--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)")
@@ -294,6 +407,9 @@ def main() -> None:
     if args.readme:
         write_readme()
         return
+    if args.compare:
+        print(compare(*args.compare, args.only, args.results))
+        return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
     results = args.results if args.results.name else args.results.resolve()  # "." has no name
     results = results.with_name(results.name + synthetic)
@@ -301,7 +417,7 @@ def main() -> None:
         check_is_writable(results)
     jobs = []
     for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
-        for seed in range(args.seeds):
+        for seed in range(args.seeds) if args.seed is None else [args.seed]:
             run = ROWS[name].run + run_suffix(seed, False, args.data)
             folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
@@ -313,9 +429,10 @@ def main() -> None:
         done = len(job.epoch_seconds())
         state = "finished" if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
-        if not args.list and not job.is_finished():
-            run_job(job, args, [other for other in jobs[i + 1 :] if not other.is_finished()])
+    failed = {} if args.list else run_jobs([job for job in jobs if not job.is_finished()], args)
     print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
+    if failed:
+        raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "loader": "terminal processes",
     "training": "terminal processes devices",
     "records": "files devices processes",
+    "jobs": "terminal",
+    "statistics": "",
     "recipe": "terminal files",
     "folder": "terminal files",
     "checkpoints": "terminal files processes recipe records folder",

@@ -7,7 +7,7 @@ from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = (  # what other tests run, or what takes the network or days
-    "python -m pytest", "python download.py", "python reproduce.py", "python benchmarks/",
+    "python -m pytest", "python download.py", "python reproduce.py", "python benchmarks/", "python tests/",
 )  # fmt: skip
 
 

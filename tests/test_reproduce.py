@@ -5,13 +5,17 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import R1, ROOT, output, write_images
 
 import plot
 import reproduce
+from harness.jobs import Task, run_side_by_side
+from harness.statistics import difference, interval, t_quantile
 
 
 def wait_for_epochs(process, folder, count):
@@ -120,16 +124,126 @@ def test_a_folder_for_records_that_cannot_be_written(refused, script, tmp_path, 
     script("reproduce.py", "--list", "--only", "r1", "--results", ".")
 
 
+def accuracies(folder):
+    """The accuracy of each record in the folder, by its name."""
+    return {path.stem: json.loads(path.read_text())["accuracy"] for path in folder.glob("*.json")}
+
+
+def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypatch):
+    """Nothing is lost, nothing run twice, and the figures are those of one after another with as many threads."""
+    folders = write_images(tmp_path / "pictures", train=200)
+    flags = ["--only", "r1", "--seeds", 4, "--data", folders, "--jobs", 2, "--results", "mine"]
+    process = start("reproduce.py", *flags)
+    wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1", 4)
+    process.kill()
+    process.join()
+    out = script("reproduce.py", *flags).stdout
+    assert out.count(" to go\n") + out.count(", finished: ") == 4
+    for seed in range(4):
+        epochs = re.findall(rf"r1, seed {seed}: epoch:(\d+)/26 ", out)
+        assert epochs == [str(epoch) for epoch in range(27 - len(epochs), 27)]
+    assert re.search("r1, seed 0: resuming .* after epoch [4-9]", out)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags[flags.index("--jobs") + 1] = 1
+    script("reproduce.py", *flags, "--checkpoints", "again", "--results", "again-results")
+    assert (
+        accuracies(tmp_path / "mine") == accuracies(tmp_path / "again-results")
+        and len(accuracies(tmp_path / "mine")) == 4
+    )
+
+
+def test_a_run_that_fails_ends_no_other(script, tmp_path, folders):
+    other = write_images(tmp_path / "other", classes=("cat", "dog"), train=4, test=2)
+    run = tmp_path / "checkpoints/reproduce"
+    script(R1, "--data", other, "--epochs", 1, "--seed", 1, "--checkpoints", run)
+    flags = ["--only", "r1", "--seeds", 3, "--data", folders, "--jobs", 2, "--results", "mine"]
+    done = script("reproduce.py", *flags, status=2)
+    assert "reproduce.py: error: r1, seed 1 failed: exit status 2; its own error says why\n" in done.stderr
+    assert "cifar10_r1.py: error: " in done.stderr and "was trained on other data" in done.stderr
+    assert accuracies(tmp_path / "mine").keys() == {"r1-seed0", "r1-seed2"}
+    assert script(
+        "reproduce.py", "--only", "r1", "--seed", 2, "--data", folders, "--results", "mine"
+    ).stdout.startswith("[1/1] r1, seed 2, finished")
+
+
+def test_a_task_waits_for_the_one_before_it(tmp_path):
+    def command(name, seconds, status=0):
+        return [
+            sys.executable,
+            "-c",
+            f"import time; time.sleep({seconds}); print({name!r}); raise SystemExit({status})",
+        ]
+
+    lines, finished = [], []
+    tasks = [
+        Task("a", command("a", 0.5)),
+        Task("b", command("b", 0), after="a"),
+        Task("c", command("c", 0)),
+        Task("d", command("d", 0, 3)),
+        Task("e", command("e", 0), after="d"),
+        Task("f", command("f", 0), after="nobody"),
+    ]
+    failed = run_side_by_side(
+        tasks, 3, lambda number: {}, lambda worker, line: lines.append((worker.task.name, line)), finished.append
+    )
+    assert sorted(lines) == [(name, name) for name in "abcdf"]
+    names = [task.name for task in finished]
+    assert sorted(names) == ["a", "b", "c", "f"] and names.index("a") < names.index("b")
+    assert failed == {"d": "exit status 3; its own error says why", "e": "waited for d"}
+
+
+def test_the_95_percent_quantile_of_students_t():
+    """Against the tables of a textbook."""
+    for degrees, value in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (19, 2.093), (199, 1.972)):
+        assert t_quantile(degrees) == pytest.approx(value, abs=4e-3)
+    quantiles = [t_quantile(degrees / 10) for degrees in range(10, 100)]
+    assert quantiles == sorted(quantiles, reverse=True)
+
+
+def test_the_interval_of_a_mean_and_of_a_difference():
+    one, other = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0]
+    half = 2.5706 * np.std(one, ddof=1) / 6**0.5  # of 5 degrees of freedom
+    assert interval(one) == (pytest.approx(21 - half, abs=0.01), pytest.approx(21 + half, abs=0.01))
+    found = difference(one, other)
+    assert found.mean == pytest.approx(2.5) and found.low < 0 < found.high
+    errors = [np.var(values, ddof=1) / len(values) for values in (one, other)]
+    degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
+    assert found.high - found.mean == pytest.approx(t_quantile(degrees) * sum(errors) ** 0.5)
+    assert difference([1, 1], [2, 2]).low == 1
+
+
+def test_compare(script, refused, tmp_path):
+    record = json.loads((reproduce.RESULTS / "cpu/r1-seed0.json").read_text())
+    for folder, name, values in (("old", "r1", (60, 61, 62)), ("new", "r1", (70, 71, 72)), ("new", "r2", (70, 71, 73))):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for seed, accuracy in enumerate(values):
+            (tmp_path / folder / f"{name}-seed{seed}.json").write_text(json.dumps(record | {"accuracy": accuracy}))
+    out = script("reproduce.py", "--compare", "old", "new").stdout
+    assert re.fullmatch(r"r1: 61\.0 ± 1\.0 .*, 71\.0 ± 1\.0 .*; \+10\.00 \[\+7\.7.*\]: the second is better\n", out)
+    assert "the second is worse" in script("reproduce.py", "--compare", "new", "old").stdout
+    out = script("reproduce.py", "--compare", "r1", "r2", "--results", "new").stdout
+    assert "not to be told apart from the first with so many seeds; some " in out
+    (tmp_path / "new/r2-seed1.json").unlink()
+    (tmp_path / "new/r2-seed2.json").unlink()
+    assert "3 and 1 records; a comparison takes two" in refused(
+        "reproduce.py", "--compare", "r1", "r2", "--results", "new"
+    )
+    assert "no two rows, and no two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
+
+
 def test_a_row_that_fails_says_which(script, tmp_path):
     stderr = script(
         "reproduce.py", "--only", "r1", "--data", tmp_path / "none.tar", "--device", "cuda:99", status=2
     ).stderr
-    assert "--device cuda:99: this machine" in stderr and "r1, seed 0 ended with exit status 2" in stderr
+    assert (
+        "--device cuda:99: this machine" in stderr
+        and "r1, seed 0 failed: exit status 2; its own error says why" in stderr
+    )
 
 
 def test_the_summary_of_several_seeds():
     records = [{"accuracy": 67.0}, {"accuracy": 68.0}, {"accuracy": 69.0}]
-    assert reproduce.summary(records) == "68.0 ± 1.0 (n = 3)"
+    assert reproduce.summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
     assert reproduce.summary(records[:1]) == "67.0" and reproduce.summary([]) == ""
 
 

@@ -1,0 +1,96 @@
+"""Commands side by side: their processes, their share of the machine, the lines that they print."""
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from harness.terminal import escape_unprintable
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Task(NamedTuple):
+    """A command with a name. after: the name of the task that must have succeeded before it, if that is there too."""
+
+    name: str
+    command: list[str]
+    after: str | None = None
+
+
+class Worker:
+    """A task's process: its number among those that run, and what it has printed of its next line."""
+
+    def __init__(self, task: Task, number: int, environment: dict[str, str]):
+        self.task, self.number, self.rest = task, number, b""
+        self.process = subprocess.Popen(
+            task.command, stdout=subprocess.PIPE, env=os.environ | environment, preexec_fn=end_with_parent
+        )
+
+    def read_lines(self) -> list[str] | None:
+        """Return the lines that have come, None at the end of the output."""
+        block = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not block and not self.rest:
+            return None
+        *lines, self.rest = (self.rest + block).split(b"\n") if block else (self.rest, b"")
+        return [escape_unprintable(line.decode(errors="replace")) for line in lines]
+
+
+def end_with_parent() -> None:
+    """Let this process be ended by SIGTERM when its parent is killed, on Linux; elsewhere its next line ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_side_by_side(
+    tasks: Iterable[Task],
+    count: int,
+    environment: Callable[[int], dict[str, str]],
+    report: Callable[[Worker, str], None],
+    finish: Callable[[Task], None],
+) -> dict[str, str]:
+    """Run the tasks, up to `count` at once; return what went wrong, by the names of the tasks that failed.
+
+    environment: of the worker of that number, from 0 to count - 1. report: called with each line of a worker; finish:
+    with each task that has succeeded. A task that fails ends no other, but those that come after it. An exception, a
+    signal's say, ends all of them in order.
+    """
+    waiting, running, failed = list(tasks), {}, {}
+    numbers, unfinished = set(range(count)), {task.name for task in waiting}
+    with selectors.DefaultSelector() as selector:
+        try:
+            while waiting or running:
+                for task in [task for task in waiting if task.after in failed]:
+                    waiting.remove(task)
+                    failed[task.name] = f"waited for {task.after}"
+                for task in [task for task in waiting if task.after not in unfinished][: len(numbers)]:
+                    waiting.remove(task)
+                    number = min(numbers)
+                    numbers.remove(number)
+                    worker = running[task.name] = Worker(task, number, environment(number))
+                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                for key, _ in selector.select():
+                    worker, lines = key.data, key.data.read_lines()
+                    for line in lines or ():
+                        report(worker, line)
+                    if lines is None:
+                        selector.unregister(worker.process.stdout)
+                        status, task = worker.process.wait(), worker.task
+                        del running[task.name]
+                        numbers.add(worker.number)
+                        if status:
+                            failed[task.name] = f"exit status {status}; its own error says why"
+                        else:
+                            finish(task)
+                            unfinished.remove(task.name)
+        except BaseException:
+            for worker in running.values():
+                worker.process.terminate()  # in order: what is saved stays whole
+            for worker in running.values():
+                worker.process.wait()
+            raise
+    return failed
