@@ -2,13 +2,16 @@
 
 python plot.py checkpoints/cifar10_r3                              # curves, confusion and mistakes, into its folder
 python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves of several runs, into comparison.png
+python plot.py results/mine                                        # each seed's accuracy, of reproduce.py's records
 """
 
 import argparse
 import csv
 import io
+import json
 import math
 import warnings
+from itertools import cycle
 from pathlib import Path
 
 import utils
@@ -24,6 +27,7 @@ from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.files import read_checkpoint, write_atomically
 from harness.loader import Loader
+from harness.statistics import interval
 from harness.terminal import CommandLine, UserError, data_folder, escape_unprintable, nonempty_path, run
 from predict import load_classifier
 
@@ -59,6 +63,18 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     except (ValueError, TypeError, csv.Error):  # no number, too few or too many of them, or a huge one
         pass
     raise UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
+
+
+def read_accuracies(folder: Path) -> dict[str, list[float]]:
+    """Return the accuracies of a folder's records, by row; none if the folder has none. Raise UserError."""
+    accuracies = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        try:
+            accuracy = float(json.loads(path.read_text())["accuracy"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no record of a run; take it out") from None
+        accuracies.setdefault(path.stem.rpartition("-seed")[0], []).append(accuracy)
+    return accuracies
 
 
 @own_settings
@@ -133,6 +149,26 @@ def mistakes(
     save(figure, path)
 
 
+@own_settings
+def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
+    """Draw the accuracy, in percent, of each run as a dot, by row, with the mean and its 95 % confidence interval."""
+    figure = Figure(figsize=(8, 0.9 + 0.6 * len(accuracies)), layout="constrained")
+    axis = figure.subplots()
+    for line, (values, color) in enumerate(zip(accuracies.values(), cycle(COLORS), strict=False)):
+        heights = [line + 0.12 * (i % 5 - 2) for i in range(len(values))]  # apart, so that equal ones are seen
+        axis.plot(values, heights, "o", color=color, alpha=0.5, markersize=4)
+        mean = sum(values) / len(values)
+        low, high = interval(values) if len(values) > 1 else (mean, mean)
+        axis.errorbar(mean, line, xerr=[[mean - low], [high - mean]], fmt="|", color="black", capsize=5, markersize=16)
+        label = f"{mean:.2f}, n = {len(values)}"
+        axis.text(mean, line + 0.32, label, ha="center", va="top", size=9)
+    axis.set_yticks(range(len(accuracies)), [*map(escape_unprintable, accuracies)])
+    axis.set(xlabel="accuracy of the last epoch's network in percent: each run, the mean and its 95 % interval")
+    axis.set_ylim(len(accuracies) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write the picture whole, in the format of the path's suffix. Raise UserError if it cannot be written."""
     content = io.BytesIO()
@@ -176,6 +212,10 @@ def main() -> None:
     if args.output:
         parser.error("--output is for several runs; the pictures of one go into its folder")
     (folder,) = args.runs
+    if accuracies := read_accuracies(folder):
+        seeds(accuracies, folder / "seeds.png")
+        print(f"each seed's accuracy is drawn in {folder / 'seeds.png'}")
+        return
     read_log(folder)  # whatever is missing is said before the data is read
     device = choose_device(args.device)
     classifier = load_classifier(folder / "last.pt", device)

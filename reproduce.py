@@ -356,6 +356,9 @@ def write_readme() -> None:
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
+        several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
+        if several:
+            plot.seeds(several, RESULTS / machine / "seeds.png")
         best = max(first, key=lambda name: first[name]["accuracy"])  # whose mistakes are the fewest
         confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
         plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")

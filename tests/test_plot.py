@@ -126,6 +126,24 @@ def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, mon
     assert [*drawn] == ["one/cifar10_r1", "two/cifar10_r1"]
 
 
+def test_each_seed_is_a_dot(script, refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for row, values in (("r1", (60, 61, 63)), ("r1-flip", (67,))):
+        for seed, accuracy in enumerate(values):
+            (tmp_path / f"mine/{row}-seed{seed}.json").write_text(f'{{"accuracy": {accuracy}}}')
+    assert "drawn in mine/seeds.png" in script("plot.py", "mine").stdout
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+        plot.seeds(plot.read_accuracies(tmp_path / "mine"), "seeds")
+    (axis,) = drawn["seeds"].axes
+    dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert [sorted(values) for values in dots] == [[67], [60, 61, 63]]
+    assert [text.get_text() for text in axis.texts] == ["67.00, n = 1", "61.33, n = 3"]
+    (tmp_path / "mine/r1-seed0.json").write_text("<<<<")
+    assert "mine/r1-seed0.json is no record of a run" in refused("plot.py", "mine")
+
+
 def test_a_suffix_in_capitals(script, tmp_path, folders):
     script(R1, "--data", folders, "--epochs", 1)
     script("plot.py", *["checkpoints/cifar10_r1"] * 2, "--output", "C.PNG")
