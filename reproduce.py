@@ -13,14 +13,11 @@ a finished row goes into results/mine, and is compared with those of other machi
 """
 
 import argparse
-import functools
-import json
 import os
 import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +33,21 @@ from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
 from harness.jobs import Task, Worker, run_side_by_side
-from harness.statistics import Difference, difference, interval
+from harness.results import (
+    RESULTS,
+    Machines,
+    by_class_table,
+    compare,
+    comparison,
+    minutes,
+    read_record,
+    read_records,
+    results_table,
+    training_seconds,
+)
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # a run's line
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results"
 
 
 class Row(NamedTuple):
@@ -198,145 +205,10 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
-def minutes(seconds: float) -> str:
-    """Return a duration as text, in the unit that fits."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def read_records(own_folder: Path | None = None) -> dict[str, dict[str, list[dict]]]:
-    """Return the records by machine, a folder of results/ or `own_folder`, then by row, one for each seed."""
-    folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
-    if own_folder and own_folder.resolve() not in folders:
-        folders.append(own_folder)
-    machines = {}
-    for folder in folders:
-        rows = machines.setdefault(folder.name if folder.parent == RESULTS else str(folder), {})
-        for path in sorted(folder.glob("*-seed*.json")):
-            name = path.stem.rpartition("-seed")[0]
-            if name in ROWS:
-                record = read_record(path)
-                if record:
-                    rows.setdefault(name, []).append(record)
-    return machines
-
-
-@functools.cache
-def read_record(path: Path) -> dict | None:
-    """Return the record of a run; None, and a line, if the file is none, as after a merge with conflicts."""
-    try:
-        record = json.loads(path.read_text())
-        figures = [record[key] for key in ("accuracy", "best_accuracy", "seconds")]
-        figures += [row[key] for row in record["epochs"] for key in ("epoch", "seconds")]
-        figures += [*record["per_class"].values(), *map(sum, record["confusion"])]
-        texts = (record["device"], record["precision"], record["recipe"]["data"])
-        if record["epochs"] and all(isinstance(value, int | float) for value in figures) and "".join(texts):
-            return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    print(f"{path} is no record of a run; passed over", flush=True)
-    return None
-
-
-def training_seconds(record: dict) -> float:
-    """Return the time of a run: its median epoch times the number of epochs, so that work beside it does not count."""
-    return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
-
-
-def summary(records: list[dict], key: str = "accuracy") -> str:
-    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n.
-
-    Behind them, in brackets, is the 95 % confidence interval of the mean.
-    """
-    values = [record[key] for record in records]
-    if len(values) < 2:
-        return f"{values[0]:.1f}" if values else ""
-    low, high = interval(values)
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{mean:.1f} ± {deviation:.1f} (n = {len(values)}) [{low:.2f}, {high:.2f}]"
-
-
-def comparison(names: Iterable[str], machines: dict[str, dict[str, list[dict]]]) -> str:
-    """Return a table for the terminal: the accuracy of the last epoch, in percent, on each machine."""
-    lines = [["row", "to reach", *machines]]
-    for name in names:
-        cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
-        lines.append([name, f"{ROWS[name].to_reach:g}", *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def compare(one: str, other: str, only: list[str], own_folder: Path) -> str:
-    """Return what the records say of two rows, or of the rows `only` in two folders of results, A first, then B.
-
-    Raises UserError if one of them has fewer than two records.
-    """
-    lines = []
-    if one in ROWS and other in ROWS:
-        groups = [(f"{one} -> {other}", *(records_of(own_folder, name) for name in (one, other)))]
-    else:
-        folders = [RESULTS / name if (RESULTS / name).is_dir() else Path(name) for name in (one, other)]
-        names = [name for name in only if all(any(folder.glob(f"{name}-seed*.json")) for folder in folders)]
-        groups = [(name, *(records_of(folder, name) for folder in folders)) for name in names]
-    if not groups:
-        raise UserError(f"--compare {one} {other}: no two rows, and no two folders with records of one row")
-    for name, *pair in groups:
-        if min(map(len, pair)) < 2:
-            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison takes two seeds each")
-        values = [[record["accuracy"] for record in records] for records in pair]
-        lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
-    return "\n".join(lines)
-
-
-def records_of(folder: Path, name: str) -> list[dict]:
-    """Return the records of a row in a folder."""
-    return [record for path in sorted(folder.glob(f"{name}-seed*.json")) if (record := read_record(path))]
-
-
-def verdict(found: Difference) -> str:
-    """Return in a sentence what a difference says of the second of two."""
-    told = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]: the second is "
-    if found.low > 0 or found.high < 0:
-        return told + ("better" if found.mean > 0 else "worse")
-    needed = f"some {found.seeds:.0f} seeds each would tell" if found.seeds < 1e6 else "no number of seeds would tell"
-    return told + f"not to be told apart from the first with so many seeds; {needed} a difference of this size"
-
-
-def results_table(machines: dict[str, dict[str, list[dict]]]) -> str:
-    """Return the README's table of results, in Markdown."""
-    lines = [
-        "| command | to reach | last epoch | best epoch | epochs | time | machine |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in ROWS.items():
-        start = f"| `python {row.command}` | {row.to_reach:g} |"
-        found = [rows[name] for rows in machines.values() if name in rows]
-        for records in found:
-            seconds = statistics.mean(map(training_seconds, records))
-            machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
-            accuracy, best = summary(records), summary(records, "best_accuracy")
-            first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
-            epochs = last if first == 1 else f"{first} to {last}"
-            lines.append(f"{start} {accuracy} | {best} | {epochs} | {minutes(seconds)} | {machine} |")
-        if not found:
-            lines.append(f"{start} not run yet | | | | |")
-    return "\n".join(lines)
-
-
-def by_class_table(machines: dict[str, dict[str, list[dict]]]) -> str:
-    """Return the README's table of r3's accuracy by class, in Markdown."""
-    lines = ["| | " + " | ".join(R3_BY_CLASS) + " |", "| --- |" + " --- |" * len(R3_BY_CLASS)]
-    lines.append("| to reach | " + " | ".join(f"{value:.1f}" for value in R3_BY_CLASS.values()) + " |")
-    for machine, rows in machines.items():
-        for record in rows.get("r3", [])[:1]:
-            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in R3_BY_CLASS) + " |")
-    return "\n".join(lines)
-
-
-def readme(text: str, machines: dict[str, dict[str, list[dict]]]) -> str:
+def readme(text: str, machines: Machines) -> str:
     """Return the README with its tables written anew, each between two comments. Raise UserError without these."""
-    for name, table in (("results", results_table(machines)), ("r3 by class", by_class_table(machines))):
+    tables = {"results": results_table(ROWS, machines), "r3 by class": by_class_table(R3_BY_CLASS, machines)}
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, found_too, after = rest.partition(end)
@@ -433,7 +305,7 @@ def main() -> None:
         state = "finished" if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
     failed = {} if args.list else run_jobs([job for job in jobs if not job.is_finished()], args)
-    print(comparison(dict.fromkeys(job.name for job in jobs), read_records(results)))
+    print(comparison({job.name: ROWS[job.name].to_reach for job in jobs}, read_records(results)))
     if failed:
         raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 

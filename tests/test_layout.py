@@ -19,6 +19,7 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "records": "files devices processes",
     "jobs": "terminal",
     "statistics": "",
+    "results": "terminal statistics",
     "recipe": "terminal files",
     "folder": "terminal files",
     "checkpoints": "terminal files processes recipe records folder",

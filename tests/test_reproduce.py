@@ -15,6 +15,7 @@ from helpers import R1, ROOT, output, write_images
 import plot
 import reproduce
 from harness.jobs import Task, run_side_by_side
+from harness.results import RESULTS, read_records, summary
 from harness.statistics import difference, interval, t_quantile
 
 
@@ -57,7 +58,7 @@ def test_interrupted_twice_and_finished(start, script, tmp_path):
     assert str(tmp_path) not in json.dumps(records)
     header, row = (re.split(r" {2,}", line) for line in out.splitlines()[-2:])
     assert header[:2] == ["row", "to reach"] and header[-1] == "mine"
-    assert row[:2] == ["r1-flip", "67"] and row[-1] == reproduce.summary(records) and "(n = 2)" in row[-1]
+    assert row[:2] == ["r1-flip", "67"] and row[-1] == summary(records) and "(n = 2)" in row[-1]
 
 
 def test_r3_comes_after_r2(script):
@@ -77,21 +78,21 @@ def test_synthetic_records_are_kept_apart(start, script, tmp_path):
 
     flags = ["--list", "--only", "r1", "--results", tmp_path / "mine", "--data"]
     (tmp_path / "mine").mkdir()
-    shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
+    shutil.copy(RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
     assert " epochs done: " in script("reproduce.py", *flags, "synthetic").stdout
     assert ", finished: " in script("reproduce.py", *flags, "not-downloaded-yet").stdout
 
 
 def test_a_record_of_other_data_is_no_record_of_this(refused, tmp_path, folders):
     (tmp_path / "mine").mkdir()
-    shutil.copy(reproduce.RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
+    shutil.copy(RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
     for flags in ([], ["--list"]):
         line = refused("reproduce.py", "--only", "r1", "--results", "mine", "--data", folders, *flags)
         assert "mine/r1-seed0.json is of other data than --data" in line
 
 
 def test_a_record_that_is_none_is_named_and_passed_over(script, tmp_path):
-    whole = (reproduce.RESULTS / "cpu/r1-seed0.json").read_text()
+    whole = (RESULTS / "cpu/r1-seed0.json").read_text()
     foreign = json.dumps(json.loads(whole) | {"epochs": "all"})
     (tmp_path / "mine").mkdir()
     for content in ("", "{}", "[]", whole[:500], f"<<<<<<< HEAD\n{whole}", foreign):
@@ -213,7 +214,7 @@ def test_the_interval_of_a_mean_and_of_a_difference():
 
 
 def test_compare(script, refused, tmp_path):
-    record = json.loads((reproduce.RESULTS / "cpu/r1-seed0.json").read_text())
+    record = json.loads((RESULTS / "cpu/r1-seed0.json").read_text())
     for folder, name, values in (("old", "r1", (60, 61, 62)), ("new", "r1", (70, 71, 72)), ("new", "r2", (70, 71, 73))):
         (tmp_path / folder).mkdir(exist_ok=True)
         for seed, accuracy in enumerate(values):
@@ -243,13 +244,13 @@ def test_a_row_that_fails_says_which(script, tmp_path):
 
 def test_the_summary_of_several_seeds():
     records = [{"accuracy": 67.0}, {"accuracy": 68.0}, {"accuracy": 69.0}]
-    assert reproduce.summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
-    assert reproduce.summary(records[:1]) == "67.0" and reproduce.summary([]) == ""
+    assert summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
+    assert summary(records[:1]) == "67.0" and summary([]) == ""
 
 
 @pytest.mark.parametrize("name, row", reproduce.ROWS.items(), ids=reproduce.ROWS)
 def test_each_record_is_of_its_row(name, row):
-    for rows in reproduce.read_records().values():
+    for rows in read_records().values():
         for record in rows.get(name, []):
             command = re.sub(" --(resume|seed \\d+|device \\w+)", "", record["command"])
             assert sorted(command.split()) == sorted(["python", *row.command.removesuffix(" --resume").split()])
@@ -260,8 +261,8 @@ def test_each_record_is_of_its_row(name, row):
 def test_readme_says_what_the_records_say():
     """`python reproduce.py --readme` writes what differs."""
     text = (ROOT / "README.md").read_text()
-    assert reproduce.readme(text, reproduce.read_records()) == text
+    assert reproduce.readme(text, read_records()) == text
     changed = text.replace("| `python cifar10_r1.py` | 60 |", "| `python cifar10_r1.py` | 61 |")
-    assert changed != text and reproduce.readme(changed, reproduce.read_records()) == text
+    assert changed != text and reproduce.readme(changed, read_records()) == text
     for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
         assert (ROOT / path).is_file(), path

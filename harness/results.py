@@ -1,0 +1,149 @@
+"""The records of finished runs: read, summed up, compared, and as the tables of README and terminal."""
+
+import functools
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.statistics import Difference, difference, interval
+from harness.terminal import UserError
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+Machines = dict[str, dict[str, list[dict]]]  # the records by machine, then by row, one for each seed
+
+
+def read_records(own_folder: Path | None = None) -> dict[str, dict[str, list[dict]]]:
+    """Return the records by machine, a folder of results/ or `own_folder`, then by row, one for each seed."""
+    folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
+    if own_folder and own_folder.resolve() not in folders:
+        folders.append(own_folder)
+    machines = {}
+    for folder in folders:
+        rows = machines.setdefault(folder.name if folder.parent == RESULTS else str(folder), {})
+        for path in sorted(folder.glob("*-seed*.json")):
+            if record := read_record(path):
+                rows.setdefault(path.stem.rpartition("-seed")[0], []).append(record)
+    return machines
+
+
+@functools.cache
+def read_record(path: Path) -> dict | None:
+    """Return the record of a run; None, and a line, if the file is none, as after a merge with conflicts."""
+    try:
+        record = json.loads(path.read_text())
+        figures = [record[key] for key in ("accuracy", "best_accuracy", "seconds")]
+        figures += [row[key] for row in record["epochs"] for key in ("epoch", "seconds")]
+        figures += [*record["per_class"].values(), *map(sum, record["confusion"])]
+        texts = (record["device"], record["precision"], record["recipe"]["data"])
+        if record["epochs"] and all(isinstance(value, int | float) for value in figures) and "".join(texts):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    print(f"{path} is no record of a run; passed over", flush=True)
+    return None
+
+
+def records_of(folder: Path, name: str) -> list[dict]:
+    """Return the records of a row in a folder."""
+    return [record for path in sorted(folder.glob(f"{name}-seed*.json")) if (record := read_record(path))]
+
+
+def training_seconds(record: dict) -> float:
+    """Return the time of a run: its median epoch times the number of epochs, so that work beside it does not count."""
+    return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration as text, in the unit that fits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def summary(records: list[dict], key: str = "accuracy") -> str:
+    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n.
+
+    Behind them, in brackets, is the 95 % confidence interval of the mean.
+    """
+    values = [record[key] for record in records]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    low, high = interval(values)
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.1f} ± {deviation:.1f} (n = {len(values)}) [{low:.2f}, {high:.2f}]"
+
+
+def comparison(to_reach: dict[str, float], machines: Machines) -> str:
+    """Return a table for the terminal: the accuracy of the last epoch, in percent, on each machine.
+
+    to_reach: the accuracy that each row of the table is to reach, by its name.
+    """
+    lines = [["row", "to reach", *machines]]
+    for name, target in to_reach.items():
+        cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
+        lines.append([name, f"{target:g}", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str:
+    """Return what the records say of two rows, or of these rows in two folders of results, A first, then B.
+
+    Raises UserError if one of them has fewer than two records.
+    """
+    lines = []
+    if one in names and other in names:
+        groups = [(f"{one} -> {other}", *(records_of(own_folder, name) for name in (one, other)))]
+    else:
+        folders = [RESULTS / name if (RESULTS / name).is_dir() else Path(name) for name in (one, other)]
+        shared = [name for name in names if all(any(folder.glob(f"{name}-seed*.json")) for folder in folders)]
+        groups = [(name, *(records_of(folder, name) for folder in folders)) for name in shared]
+    if not groups:
+        raise UserError(f"--compare {one} {other}: no two rows, and no two folders with records of one row")
+    for name, *pair in groups:
+        if min(map(len, pair)) < 2:
+            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison takes two seeds each")
+        values = [[record["accuracy"] for record in records] for records in pair]
+        lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
+    return "\n".join(lines)
+
+
+def verdict(found: Difference) -> str:
+    """Return in a sentence what a difference says of the second of two."""
+    told = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]: the second is "
+    if found.low > 0 or found.high < 0:
+        return told + ("better" if found.mean > 0 else "worse")
+    needed = f"some {found.seeds:.0f} seeds each would tell" if found.seeds < 1e6 else "no number of seeds would tell"
+    return told + f"not to be told apart from the first with so many seeds; {needed} a difference of this size"
+
+
+def results_table(rows, machines: Machines) -> str:
+    """Return the README's table of results, in Markdown. rows: of reproduce.py, with command and to_reach, by name."""
+    lines = [
+        "| command | to reach | last epoch | best epoch | epochs | time | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        start = f"| `python {row.command}` | {row.to_reach:g} |"
+        found = [records[name] for records in machines.values() if name in records]
+        for records in found:
+            seconds = statistics.mean(map(training_seconds, records))
+            machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
+            accuracy, best = summary(records), summary(records, "best_accuracy")
+            first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
+            epochs = last if first == 1 else f"{first} to {last}"
+            lines.append(f"{start} {accuracy} | {best} | {epochs} | {minutes(seconds)} | {machine} |")
+        if not found:
+            lines.append(f"{start} not run yet | | | | |")
+    return "\n".join(lines)
+
+
+def by_class_table(to_reach: dict[str, float], machines: Machines) -> str:
+    """Return the README's table of r3's accuracy by class, in Markdown."""
+    lines = ["| | " + " | ".join(to_reach) + " |", "| --- |" + " --- |" * len(to_reach)]
+    lines.append("| to reach | " + " | ".join(f"{value:.1f}" for value in to_reach.values()) + " |")
+    for machine, rows in machines.items():
+        for record in rows.get("r3", [])[:1]:
+            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in to_reach) + " |")
+    return "\n".join(lines)
