@@ -1,12 +1,13 @@
 """What no experiment changes, one noun a room. A room imports only rooms above it, see tests/test_layout.py."""
 
+import os
 import sys
 
 
 def hook(kind: type[BaseException], error: BaseException, traceback: object) -> None:
     """Print one line for a Ctrl-C in the seconds in which PyTorch is imported, before `run` handles signals."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"{sys.argv[0]}: ended by SIGINT", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: ended by SIGINT", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
