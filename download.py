@@ -7,12 +7,12 @@ python download.py --data DIR
 from pathlib import Path
 
 from harness.data import load_data
-from harness.terminal import CommandLine, data_folder, run
+from harness.terminal import CommandLine, run
 
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--data", type=data_folder, default="data", metavar="DIR", help="the folder (default: data)")
+    parser.add_data("the folder (default: data)")
     args = parser.parse_args()
     if args.data == "synthetic":
         parser.error("--data synthetic needs no download")

@@ -7,7 +7,7 @@ python mean_and_std.py --plot histograms.png  # and a picture of what the normal
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.terminal import CommandLine, UserError, data_folder, progress_bar, run
+from harness.terminal import CommandLine, UserError, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
@@ -159,9 +159,7 @@ def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument(
-        "--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)"
-    )
+    parser.add_data()
     parser.add_argument("--plot", type=plot.picture, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
     data = load_data(args.data)

@@ -28,7 +28,7 @@ from harness.devices import choose_device
 from harness.files import read_checkpoint, write_atomically
 from harness.loader import Loader
 from harness.statistics import interval
-from harness.terminal import CommandLine, UserError, data_folder, escape_unprintable, nonempty_path, run
+from harness.terminal import CommandLine, UserError, escape_unprintable, nonempty_path, run
 from predict import load_classifier
 
 own_settings = matplotlib.rc_context({"text.parse_math": False})  # a class's name may hold a $
@@ -195,7 +195,7 @@ def main() -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=nonempty_path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
     add("--output", type=picture, metavar="FILE", help="for several runs (default: comparison.png)")
-    add("--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     args = parser.parse_args()
 

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.terminal import CommandLine, UserError, data_folder, handle_signals, nonempty_path, progress_bar, run
+from harness.terminal import CommandLine, UserError, handle_signals, nonempty_path, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
@@ -267,7 +267,7 @@ def main() -> None:
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only show the rows")
     add("--readme", action="store_true", help="only write the README's tables and pictures anew")
-    add("--data", type=data_folder, default="data", metavar="DIR", help="as for the training scripts (default: data)")
+    parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add(
         "--checkpoints",

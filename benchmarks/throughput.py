@@ -52,7 +52,7 @@ from harness import devices  # noqa: E402
 from harness.command_line import positive_int  # noqa: E402
 from harness.data import load_data  # noqa: E402
 from harness.loader import Loader  # noqa: E402
-from harness.terminal import CommandLine, UserError, data_folder, run  # noqa: E402
+from harness.terminal import CommandLine, UserError, run  # noqa: E402
 from models import MobileNetV2, ResNet18, TutorialCNN  # noqa: E402
 
 NETWORKS = {  # name: network, batch size and precision of the script, images of a round on a CPU
@@ -344,9 +344,7 @@ def images_per_second(how, name):
 
 def main():
     parser = CommandLine(__doc__)
-    parser.add_argument(
-        "--data", type=data_folder, default="data", metavar="DIR", help="as for the scripts (default: data)"
-    )
+    parser.add_data("as for the scripts (default: data)")
     parser.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "mean_and_std", "start", "processes"], metavar="NAME")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: 5)")

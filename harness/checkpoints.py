@@ -49,6 +49,7 @@ class Checkpoints:
         self.records = Records(self.folder, images, args.tensorboard)
         self.last_is_whole = True  # last.pt, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
+        self.script = describe_script()  # as it runs: it may be edited meanwhile
         self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
 
     def epochs_left(self) -> range:
@@ -99,7 +100,7 @@ class Checkpoints:
 
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names; return their epoch."""
-        path = self.folder / "last.pt" if self.args.evaluate is True else Path(self.args.evaluate)
+        path = self.folder / "last.pt" if self.args.evaluate is True else self.args.evaluate
         checkpoint = read_checkpoint(path)
         self.load_weights(path, checkpoint, self.NETWORK)
         print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
@@ -174,16 +175,21 @@ class Checkpoints:
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log: a run may go on from an epoch before that of best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
-        best = self.best_file(self.folder, checkpoint)
-        if best and not (path.exists() and path.read_bytes() == best):
+        if self.find_best(self.folder) == path:
+            return
+        if best := self.best_file(self.folder, checkpoint):
             write_atomically(path, best, keep=previous)
-        elif not best and path.exists():
+        elif path.exists():
             path.replace(previous)
+
+    def find_best(self, folder: Path) -> Path | None:
+        """Return the folder's file of the best epoch of the log, None without one."""
+        return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
     def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
         """Return the best epoch's file, found in the folder or made of the checkpoint; None, and a line, without it."""
         row = self.records.best_row()
-        if path := find_best(folder, row, {key: self.network[key] for key in self.NETWORK}):
+        if path := self.find_best(folder):
             return path.read_bytes()
         if row["epoch"] == checkpoint["epoch"]:
             return checkpoint_bytes({key: checkpoint[key] for key in (*self.network, *self.BEST) if key in checkpoint})
@@ -223,7 +229,7 @@ class Checkpoints:
         print_saving("best checkpoint for training resume" if is_best else "checkpoint for training resume")
         self.records.write_log()
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
-        state |= {"recipe": self.recipe, "script": describe_script(), "rows": self.records.rows}
+        state |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
         state["parameters"] = self.train_step.parameter_names()
         (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
@@ -255,7 +261,7 @@ class Checkpoints:
         run = {
             "run": self.folder.name,
             "command": self.args.command,
-            "script": describe_script(),
+            "script": self.script,
             "recipe": self.recipe,
             "data": self.network["data"],
             "tested_on": self.network["tested_on"],

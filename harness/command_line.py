@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.devices import DTYPES
 from harness.processes import WORLD_SIZE
-from harness.terminal import CommandLine, data_folder, nonempty_path
+from harness.terminal import CommandLine, nonempty_path
 
 
 class ArgumentParser(CommandLine):
@@ -25,8 +25,7 @@ class ArgumentParser(CommandLine):
         """Take the recipe's numbers. epochs: a dict holds a number for each experiment; the script picks its own."""
         super().__init__(description)
         add = self.add_argument
-        help = "CIFAR-10 or class folders, or 'synthetic' (default: data)"
-        add("--data", type=data_folder, default="data", metavar="DIR", help=help)
+        self.add_data("CIFAR-10 or class folders, or 'synthetic' (default: data)")
         counts = epochs
         if isinstance(epochs, dict):
             counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 Machines = dict[str, dict[str, list[dict]]]  # the records by machine, then by row, one for each seed
 
 
-def read_records(own_folder: Path | None = None) -> dict[str, dict[str, list[dict]]]:
+def read_records(own_folder: Path | None = None) -> Machines:
     """Return the records by machine, a folder of results/ or `own_folder`, then by row, one for each seed."""
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
     if own_folder and own_folder.resolve() not in folders:

@@ -123,5 +123,9 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
+    def add_data(self, help: str = "as for the training scripts (default: data)") -> None:
+        """Add --data, a folder or "synthetic"."""
+        self.add_argument("--data", type=data_folder, default="data", metavar="DIR", help=help)
+
     def error(self, message: str) -> NoReturn:
         exit_with(2, f"error: {message} (see --help)")
