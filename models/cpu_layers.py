@@ -11,14 +11,20 @@ class Conv3x3(nn.Conv2d):
     Those are the last maps of a ResNet on 32x32 images. Most of a kernel sees only padding there, which the CPU's
     convolution multiplies all the same. A training step of ResNet-18 in bf16 becomes 2.2 times as fast with the
     imagenet stem and 1.6 times with the cifar stem (two cores of an Intel Xeon with AMX, torch 2.14.1).
+
+    On larger maps, up to 8x8 pixels, the gradient of the weights is computed on several images side by side in bf16.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int], device=None):
+    def __init__(self, in_channels: int, out_channels: int, stride: int | tuple[int, int] = 1, device=None):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, channels, *size = x.shape
-        if max(size) > 2 or x.device.type != "cpu":
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if max(size) > 2:
+            if max(size) <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+                return SideBySide.apply(x, self.weight.to(x.dtype), self.stride)
             return super().forward(x)
         # Of each pair of an output and an input pixel, the row and the column of the kernel that lies between them.
         rows, columns = (
@@ -29,6 +35,53 @@ class Conv3x3(nn.Conv2d):
         weight = self.weight.to(x.dtype).permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())
         out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, taps[0, 0].numel() * channels))
         return out.view(n, -1, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
+
+
+class SideBySide(torch.autograd.Function):
+    """A 3x3 convolution with padding whose gradient of the weights is computed on several images side by side.
+
+    oneDNN adds each image's gradient to the sum in memory. On small maps this takes longer than the multiplications.
+    With 10 images in a row the sum is touched a tenth as often. In bf16 the gradient comes 1.3 to 6 times as fast, and
+    a step of ResNet-18 is 1.2 to 1.3 times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1). In float32,
+    where the multiplications take longer, nothing is gained.
+    """
+
+    SIDE = 8  # pixels; on larger maps the copy takes what it gains
+    IMAGES = 10
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, stride=stride, padding=1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight = ctx.saved_tensors
+        of_x = ctx.needs_input_grad[0]
+        of_x = convolution_backward(gradient, x, weight, ctx.stride, (True, False, False))[0] if of_x else None
+        # One column of zeros behind each image's gradient, and as many behind each image as such a column sees.
+        x = in_rows(x, ctx.stride[1] * (gradient.shape[3] + 1) - x.shape[3])
+        of_weight = convolution_backward(in_rows(gradient, 1), x, weight, ctx.stride, (False, True, False))[1]
+        return of_x, of_weight, None
+
+
+def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return images of shape (N, C, H, W) in rows, (N / IMAGES, C, H, IMAGES * (W + columns)), zeros between them.
+
+    The last row is filled up with zeros.
+    """
+    missing = -len(images) % SideBySide.IMAGES
+    if missing:
+        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
+    lines = images.permute(0, 2, 3, 1).unflatten(0, (-1, SideBySide.IMAGES)).transpose(1, 2)
+    return F.pad(lines, (0, 0, 0, columns)).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def convolution_backward(gradient, x, weight, stride, wanted: tuple[bool, bool, bool]):
+    """Return PyTorch's gradients of a 3x3 convolution with padding for (x, weight, bias), None where not wanted."""
+    settings = (stride, [1, 1], [1, 1], False, [0, 0], 1)  # padding, dilation, not transposed, its padding, groups
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, wanted)
 
 
 class StridedDepthwise(nn.Conv2d):

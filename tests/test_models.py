@@ -71,6 +71,26 @@ def test_conv3x3_is_torchs(side, stride):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("size", [(3, 3), (8, 5), (4, 7), (9, 9)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("count", [1, 10, 13])
+def test_conv3x3_in_bf16_is_torchs(size, stride, count):
+    """Output and gradients, of whole numbers, whose sums have one value in whatever order they are added."""
+    images, weights = (torch.randint(-2, 3, shape).float() for shape in ((count, 5, *size), (7, 5, 3, 3)))
+    ours = Conv3x3(5, 7, stride)
+    ours.weight.data.copy_(weights)
+    pairs = [(images.clone().requires_grad_(), weights.requires_grad_()), (images.requires_grad_(), ours.weight)]
+    expected = torch.nn.functional.conv2d(*pairs[0], stride=stride, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ours(images.bfloat16())
+    assert ("SideBySide" in type(output.grad_fn).__name__) == (max(size) <= 8)
+    assert torch.equal(output, expected.bfloat16())
+    seed = torch.randint_like(output, -2, 3)
+    theirs = torch.autograd.grad(expected, pairs[0], seed.float())
+    for one, other in zip(theirs, torch.autograd.grad(output, pairs[1], seed), strict=True):
+        assert torch.equal(one.bfloat16().float(), other)
+
+
 def test_mobilenetv2_is_torchvisions_without_two_strides():
     theirs, ours = of_one_seed(torchvision.models.mobilenet_v2, MobileNetV2)
     theirs.features[0][0].stride = theirs.features[2].conv[1][0].stride = (1, 1)
