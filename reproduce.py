@@ -4,6 +4,7 @@ python reproduce.py                          # all of them, which takes days wit
 python reproduce.py --only r1-flip r2-crop
 python reproduce.py --only r1-flip --seeds 3
 python reproduce.py --only r1-flip --seeds 20 --jobs 4  # four runs at once, each on a GPU or a share of the CPU
+python reproduce.py --only r1-flip --seeds 200 --jobs 4 --ray auto  # four on each machine of a Ray cluster
 python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
 python reproduce.py --list                   # what there is, and how far it is
 python reproduce.py --readme                 # writes the README's tables and pictures anew, from results/
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import plot
+from harness.cluster import Seat, run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
@@ -109,8 +111,9 @@ class Job(NamedTuple):
 def task_of(job: Job, args: argparse.Namespace) -> Task:
     """Return the job's command."""
     script, *flags = ROWS[job.name].command.removesuffix(" --resume").split()
-    flags += ["--seed", job.seed, "--data", args.data, "--device", args.device]
-    flags += ["--checkpoints", job.folder.parent, "--resume"]
+    data = args.data if args.data == "synthetic" else Path(args.data).resolve()  # where a cluster's machines find it
+    flags += ["--seed", job.seed, "--data", data, "--device", args.device]
+    flags += ["--checkpoints", job.folder.parent.resolve(), "--resume"]
     after = ROWS[job.name].after
     after = after and str(job._replace(name=after))
     return Task(str(job), [sys.executable, str(ROOT / script), *map(str, flags)], after)
@@ -118,14 +121,15 @@ def task_of(job: Job, args: argparse.Namespace) -> Task:
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     """Run the jobs, up to --jobs at once, and copy their records; return what went wrong, by the jobs that failed."""
-    by_name, bars = {str(job): job for job in jobs}, Bars(args.jobs)
+    alone = args.jobs == 1 and args.ray is None
+    by_name, bars = {str(job): job for job in jobs}, Bars(1 if alone else len(jobs))
 
-    def report(worker: Worker, line: str) -> None:
+    def report(worker: Worker | Seat, line: str) -> None:
         job, epoch = by_name[worker.task.name], EPOCH.match(line)
         if epoch:
             later = [other for other in by_name.values() if other is not job]
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
-        if args.jobs == 1:
+        if alone:
             print(line, flush=True)
         elif not bars.show(worker.number, job, epoch):
             print(f"{job}: {line}", flush=True)
@@ -137,10 +141,11 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
         read_record.cache_clear()
         bars.write(f"{job}: {read_record(job.record)['accuracy']:.1f} %, {len(by_name)} to go")
 
+    tasks = [task_of(job, args) for job in jobs]
     try:
-        return run_side_by_side(
-            [task_of(job, args) for job in jobs], args.jobs, lambda n: share(n, args), report, finish
-        )
+        if args.ray is not None:
+            return run_on_cluster(tasks, args.ray, args.jobs, args.device != "cpu", report, finish)
+        return run_side_by_side(tasks, args.jobs, lambda number: share(number, args), report, finish)
     finally:
         bars.close()
 
@@ -264,6 +269,7 @@ def main() -> None:
     )
     seeds.add_argument("--seed", type=seed_int, metavar="K", help="run each row with this seed alone")
     add("--jobs", type=positive_int, default=1, metavar="N", help="run N at once, each on a GPU or a share of the CPU")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="run on a Ray cluster: N at once on each machine")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only show the rows")
     add("--readme", action="store_true", help="only write the README's tables and pictures anew")

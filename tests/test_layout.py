@@ -18,6 +18,7 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "training": "terminal processes devices",
     "records": "files devices processes",
     "jobs": "terminal",
+    "cluster": "terminal jobs",
     "statistics": "",
     "results": "terminal statistics",
     "recipe": "terminal files",

@@ -1,5 +1,6 @@
 """reproduce.py: the rows of the README's table, and the table itself."""
 
+import importlib.util
 import json
 import os
 import re
@@ -151,6 +152,44 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
         accuracies(tmp_path / "mine") == accuracies(tmp_path / "again-results")
         and len(accuracies(tmp_path / "mine")) == 3
     )
+
+
+def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
+    """Three machines of Ray's, twelve runs: each has its record, with the figures that it has without Ray."""
+    pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    folders = write_images(tmp_path / "pictures", train=60)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 1 << 27})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=1 << 27) for _ in range(2)]
+        flags = ["--only", "r1", "r1-flip", "--seeds", 6, "--data", folders, "--results", "mine"]
+        process = start("reproduce.py", *flags, "--ray", cluster.address)
+        wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1-seed2", 4)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        process.join(300)
+    finally:
+        cluster.shutdown()
+    out = output(tmp_path, "stdout").read_text()
+    assert process.exitcode == 0, output(tmp_path, "stderr").read_text()
+    assert len(accuracies(tmp_path / "mine")) == out.count(" to go\n") == 12
+    lost = re.findall(r"(r1\S*, seed \d): resuming .* after epoch \d+", out)
+    assert len(lost) == 1
+    for name in re.findall(r"(r1\S*, seed \d), not begun", out):
+        epochs = [int(epoch) for epoch in re.findall(rf"{name}: epoch:(\d+)/26 ", out)]
+        assert epochs == [*range(1, 27)] or (name in lost and epochs == sorted({*epochs}))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    script("reproduce.py", *flags, "--jobs", 2, "--checkpoints", "again", "--results", "again-results")
+    assert accuracies(tmp_path / "mine") == accuracies(tmp_path / "again-results")
+
+
+def test_ray_without_a_cluster_or_ray(refused, tmp_path, folders):
+    flags = ["--only", "r1", "--data", folders, "--results", "mine", "--ray"]
+    ray = importlib.util.find_spec("ray")
+    for address in ("127.0.0.1:1", "127.0.0.1:no", "auto"):
+        expected = f"--ray {address}: no cluster answers; " if ray else 'pip install "ray>=2.50"'
+        assert expected in refused("reproduce.py", *flags, address)
 
 
 def test_a_run_that_fails_ends_no_other(script, tmp_path, folders):

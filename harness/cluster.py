@@ -1,0 +1,115 @@
+"""The tasks of `jobs` on a Ray cluster, each on whichever machine has room for it."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.jobs import Task
+from harness.terminal import UserError, escape_unprintable
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60  # for runs that are to end
+IN_USE = " is in use by "  # in the error of a run whose folder another holds
+
+
+class Seat(NamedTuple):
+    """A task that runs, and its number among those that do."""
+
+    task: Task
+    number: int
+
+
+def run_on_cluster(
+    tasks: Iterable[Task],
+    address: str | None,
+    jobs: int,
+    use_gpus: bool,
+    report: Callable[[Seat, str], None],
+    finish: Callable[[Task], None],
+) -> dict[str, str]:
+    """Run the tasks on a Ray cluster; return what went wrong, by the names of the tasks that failed.
+
+    address: as `ray.init` takes it; None starts a cluster of this machine alone. jobs: how many tasks a machine runs
+    at once, each with an equal share of its cores and GPUs. report, finish: see `run_side_by_side`. A task whose
+    machine is lost starts again on another. Raises UserError without Ray, or if no cluster answers at the address.
+    """
+    try:
+        import ray
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    except ImportError:
+        raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
+    try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon:  # Ray itself would try for minutes
+            socket.create_connection((host, port), timeout=10).close()
+        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # where a worker finds this module
+        ray.init(address or "local", runtime_env=environment, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray {address or ''}: no cluster answers; {' '.join(str(error).split())}") from None
+    names = {}  # of the tasks that are not done, by their Ray references
+    try:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # no lost machine takes it along
+        most = {name: max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU")}
+        cores, gpus = max(1, int(most["CPU"] // jobs)), min(1, most["GPU"] / jobs) if use_gpus else 0
+        remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
+        by_name, refs, seats, failed = {task.name: task for task in tasks}, {}, {}, {}
+        for name, task in by_name.items():
+            refs[name] = remote.remote(task, cores, lines, refs.get(task.after))
+            names[refs[name]] = name
+        while names:
+            done, _ = ray.wait([*names], timeout=POLL_SECONDS)
+            for name, line in lines.get_nowait_batch(lines.qsize()):
+                taken = {seat.number for seat in seats.values()}
+                free = next(number for number in range(len(by_name)) if number not in taken)
+                report(seats.setdefault(name, Seat(by_name[name], free)), line)
+            for ref in done:
+                name = names.pop(ref)
+                seats.pop(name, None)
+                if wrong := ray.get(ref):
+                    failed[name] = wrong
+                else:
+                    finish(by_name[name])
+        return failed
+    finally:
+        for ref in names:
+            ray.cancel(ref)  # raises KeyboardInterrupt in `run_command`
+        if names:
+            ray.wait([*names], num_returns=len(names), timeout=PATIENCE_SECONDS)
+        ray.shutdown()
+
+
+def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> str | None:
+    """Run a task's command on one of the cluster's machines; return what went wrong, None if nothing has.
+
+    lines: a queue for (the task's name, a line of its output). wrong_before: what went wrong with the task before it.
+    """
+    if wrong_before:
+        return f"waited for {task.after}"
+    while True:
+        process = subprocess.Popen(
+            task.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        line = ""
+        try:
+            for line in process.stdout:
+                lines.put((task.name, escape_unprintable(line.rstrip("\n"))))
+        except BaseException:
+            process.terminate()  # in order: what is saved stays whole
+            raise
+        finally:
+            status = process.wait()
+        if IN_USE not in line:
+            return f"exit status {status}; {line.strip()}" if status else None
+        time.sleep(1)  # a lost machine's run holds its folder until its next line, which nobody reads
