@@ -72,7 +72,11 @@ def run_on_cluster(
             for ref in done:
                 name = names.pop(ref)
                 seats.pop(name, None)
-                if wrong := ray.get(ref):
+                try:
+                    wrong = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    wrong = " ".join(str(error).split())
+                if wrong:
                     failed[name] = wrong
                 else:
                     finish(by_name[name])
