@@ -27,7 +27,8 @@ def main():
     args.epochs = args.epochs or EPOCHS["crop" if args.crop else "flip"]
 
     device = utils.set_up(args)
-    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=args.crop)
+    crop = 4 if args.crop else 0  # pixels
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=crop)
     torch.manual_seed(args.seed)
     model = ResNet18(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss()

@@ -33,7 +33,7 @@ def main():
     args.epochs = args.epochs or EPOCHS[args.stem]
 
     device = utils.set_up(args)
-    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True, cutout=CUTOUT)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=4, cutout=CUTOUT)
     torch.manual_seed(args.seed)
     model = ResNet18(num_classes=len(data.classes), stem=args.stem).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)

@@ -73,6 +73,8 @@ ROWS = {
     "r4-cifar": Row("cifar10_r4.py --stem cifar", "cifar10_r4-cifar", 94),
     "r4-cifar-nopool": Row("cifar10_r4.py --stem cifar-nopool", "cifar10_r4-cifar-nopool", 95),
     "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
+    "r5": Row("cifar10_r5.py", "cifar10_r5", 94),
+    "r5-tta": Row("cifar10_r5.py --tta", "cifar10_r5-tta", 94),
     # laid out for an hour and a half there too
     "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 24", "train_mobilenetv2", 91),
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),

@@ -28,7 +28,7 @@ def main():
     args = parser.parse_args()
 
     device = utils.set_up(args)
-    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=True)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=4)
     torch.manual_seed(args.seed)
     model = MobileNetV2(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)

@@ -19,6 +19,7 @@ from harness.command_line import ArgumentParser
 from harness.data import Data, load_data
 from harness.devices import DTYPES, autocast, choose_device, choose_precision, keep_freed_memory
 from harness.loader import Loader, epoch_seed
+from harness.muon import Muon
 from harness.processes import (
     LOCAL_RANK,
     RANK,
@@ -29,7 +30,7 @@ from harness.processes import (
 )
 from harness.training import Meter, TrainStep
 
-__all__ = ["ArgumentParser", "Checkpoints", "TrainStep", "UserError", "run"]  # of harness/, for the scripts
+__all__ = ["ArgumentParser", "Checkpoints", "Muon", "TrainStep", "UserError", "run"]  # of harness/, for the scripts
 
 TEST_BATCH_SIZE = 500
 
@@ -55,8 +56,8 @@ def dataloaders(
     device: torch.device,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    flip: bool = False,
-    crop: bool = False,
+    flip: bool | str = False,
+    crop: int = 0,
     cutout: int = 0,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Data, Loader, Loader]:

@@ -162,6 +162,8 @@ def shorten(value: object) -> str:
 def today(recipe: dict) -> dict:
     """Return a recipe that an earlier version wrote, under today's names; it has fewer of them."""
     if "constants" in recipe:
+        if recipe["augmentation"]["crop"] is True:
+            recipe["augmentation"]["crop"] = 4
         return recipe
     optimizer = {"name": recipe.get("optimizer")}
     optimizer |= {name: recipe[name] for name in ("momentum", "weight_decay") if name in recipe}

@@ -86,16 +86,16 @@ class TrainStep:
             )
 
     def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
-        """Set the learning rate, or scale the schedule to it."""
+        """Set the learning rate of the first group, scale the other groups' with it, or scale the schedule to it."""
+        first = self.optimizer.param_groups[0]
+        before = first.get("initial_lr", first["lr"])
         for group in self.optimizer.param_groups:
-            if "initial_lr" in group:
-                group["lr"] *= lr / group["initial_lr"]
-                group["initial_lr"] = lr
-            else:  # without a schedule, or with ReduceLROnPlateau
-                group["lr"] = lr
+            for name in ("lr", "initial_lr"):  # the second with a schedule, but for ReduceLROnPlateau
+                if name in group:
+                    group[name] = lr * (group[name] / before)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR
             if hasattr(each, "base_lrs"):
-                each.base_lrs = [lr for _ in each.base_lrs]
+                each.base_lrs = [lr * (base_lr / before) for base_lr in each.base_lrs]
 
     def forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1

@@ -3,5 +3,7 @@
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet18
 from models.tutorial_cnn import TutorialCNN
+from models.views import SixViews
+from models.whitened_cnn import WhitenedCNN
 
-__all__ = ["MobileNetV2", "ResNet18", "TutorialCNN"]
+__all__ = ["MobileNetV2", "ResNet18", "SixViews", "TutorialCNN", "WhitenedCNN"]

@@ -14,8 +14,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
-SCRIPTS = R1, R2, R3, R4, MOBILENET = (
-    "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "train_mobilenetv2.py",
+SCRIPTS = R1, R2, R3, R4, R5, MOBILENET = (
+    "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "cifar10_r5.py", "train_mobilenetv2.py",
 )  # fmt: skip
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -4,7 +4,7 @@ import utils
 
 import pytest
 import torch
-from helpers import MOBILENET, R1, R2, R3, R4
+from helpers import MOBILENET, R1, R2, R3, R4, R5
 from torch import nn
 
 from harness.data import load_data
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [MOBILENET]], ids=str)
+@pytest.mark.parametrize("command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [R5], [MOBILENET]], ids=str)
 def test_every_script_trains_in_every_precision(script, folders, command, precision):
     name, *flags = [*command, "--data", folders, "--batch-size", 8, "--lr", 1e-3, "--precision", precision]
     out = script(name, *flags, "--epochs", 2).stdout
@@ -42,7 +42,7 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
     """A TrainStep that has run some epochs on the synthetic images, and its loader."""
     data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
     common = {"mean": mean, "std": mean, "device": CUDA, "dtype": DTYPES[precision]}
-    loader = Loader(data.train_images, data.train_labels, 128, training=True, flip=True, crop=True, **common)
+    loader = Loader(data.train_images, data.train_labels, 128, training=True, flip=True, crop=4, **common)
     torch.manual_seed(0)
     model = model().to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)

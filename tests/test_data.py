@@ -158,7 +158,7 @@ def make_loader(n=64, batch_size=8, **kwargs):
 def test_flip_and_crop_have_torchvisions_distribution():
     """Every output of an image is one of 81 windows times 2, and as frequent as it should be."""
     n = 162 * 200
-    loader = make_loader(1, flip=True, crop=True)
+    loader = make_loader(1, flip=True, crop=4)
     image = loader.images[0]
     loader.images, loader.labels = image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.int64)
     loader.positions, loader.batch_sizes = torch.arange(n), [n // 10] * 10
@@ -181,13 +181,13 @@ def test_flip_and_crop_have_torchvisions_distribution():
 
 
 def test_each_image_of_a_batch_has_draws_of_its_own():
-    loader = make_loader(256, batch_size=256, flip=True, crop=True)
+    loader = make_loader(256, batch_size=256, flip=True, crop=4)
     loader.images[:] = loader.images[0].clone()
     images, _ = next(iter(loader))
     assert len({image.numpy().tobytes() for image in images}) > 100  # of 162
 
 
-@pytest.mark.parametrize("flip, crop", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("flip, crop", [(True, 0), (False, 4), (False, 0)])
 def test_flip_and_crop_alone(flip, crop):
     loader = make_loader(flip=flip, crop=crop)
     for images, labels in loader:
@@ -195,6 +195,21 @@ def test_flip_and_crop_alone(flip, crop):
             kept = torch.equal(image.round().to(torch.uint8), loader.images[label])
             mirrored = torch.equal(image.flip(-1).round().to(torch.uint8), loader.images[label])
             assert kept or (flip and mirrored) or crop
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs():
+    loader = make_loader(training=True, flip="alternating")
+    sides = []
+    for epoch in (1, 2, 3):
+        loader.set_epoch(epoch)
+        mirrored = torch.zeros(64, dtype=torch.bool)
+        for images, labels in loader:
+            for image, label in zip(images.round().to(torch.uint8), labels, strict=True):
+                mirrored[label] = torch.equal(image.flip(-1), loader.images[label])
+                assert mirrored[label] or torch.equal(image, loader.images[label])
+        sides.append(mirrored)
+    assert torch.equal(sides[0], ~sides[1]) and torch.equal(sides[0], sides[2])
+    assert 16 < sides[0].sum() < 48
 
 
 def test_cutout_is_a_square_around_a_random_pixel():
@@ -244,7 +259,7 @@ def test_an_image_keeps_its_label():
 
 def test_an_epoch_depends_on_seed_and_epoch_alone():
     def epoch(seed, number):
-        loader = make_loader(training=True, flip=True, crop=True, seed=seed)
+        loader = make_loader(training=True, flip=True, crop=4, seed=seed)
         loader.set_epoch(number)
         return torch.cat([images for images, _ in loader])
 

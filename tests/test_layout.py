@@ -15,7 +15,9 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "synthetic": "",
     "data": "terminal download synthetic",
     "loader": "terminal processes",
+    "muon": "",
     "training": "terminal processes devices",
+    "operations": "",
     "records": "files devices processes",
     "jobs": "terminal",
     "cluster": "terminal jobs",
@@ -23,7 +25,7 @@ ROOMS = {  # from the first to the last, with the rooms that each may import
     "results": "terminal statistics",
     "recipe": "terminal files",
     "folder": "terminal files",
-    "checkpoints": "terminal files processes recipe records folder",
+    "checkpoints": "terminal files processes operations recipe records folder",
 }
 OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from models import MobileNetV2, ResNet18, TutorialCNN
+from models import MobileNetV2, ResNet18, SixViews, TutorialCNN, WhitenedCNN
 from models.cpu_layers import Conv3x3, StridedDepthwise
 
 
@@ -126,3 +126,33 @@ def test_stems(stem, size):
     assert seen == [(2, 64, size, size)]
     if stem != "imagenet":
         assert count(model) == count(ResNet18(num_classes=4)) - 64 * 3 * 40  # 3x3 for 7x7
+
+
+def test_whitened_cnn():
+    model = WhitenedCNN(num_classes=7)
+    kernels, biases = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256), 2 * (64 + 256 + 256)
+    assert count(model) == 24 * 12 + kernels + 2 * biases + 7 * 256  # batch-norms have weights, which are not learnt
+    images = torch.randn(200, 3, 32, 32) + 3 * torch.randn(200, 3, 1, 1)  # neighbours much alike, as in photographs
+    assert model(images).shape == (200, 7) and model(images[:, :, :16, :16]).shape == (200, 7)
+    model.whiten(images)
+    outputs = model.whitening(images)[:, :12].permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.01, rtol=0)
+    torch.testing.assert_close(model.whitening(images)[:, 12:], -model.whitening(images)[:, :12])
+    assert not model.whitening.weight.requires_grad
+
+
+def test_a_block_begins_as_the_identity():
+    """So far as a convolution has as many outputs as inputs: the others are random."""
+    conv = WhitenedCNN().blocks[1].conv1
+    images = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(conv(images)[:, :64], images)
+
+
+def test_six_views():
+    model, images = TutorialCNN().eval(), torch.randn(4, 3, 32, 32)
+    rows = torch.arange(32)
+    up, down = (
+        images[:, :, shifted][:, :, :, shifted] for shifted in ((rows + 1).where(rows < 31, 30), (rows - 1).abs())
+    )
+    expected = sum(w * (model(v) + model(v.flip(3))) for v, w in ((images, 0.25), (up, 0.125), (down, 0.125)))
+    torch.testing.assert_close(SixViews(model)(images), expected)

@@ -7,13 +7,14 @@ import utils
 
 import pytest
 import torch
-from helpers import MOBILENET, R1, R2, R3, R4
+from helpers import MOBILENET, R1, R2, R3, R4, R5
 from torch import nn
 
 from harness.checkpoints import Checkpoints
 from harness.devices import name_precision
 from harness.loader import Loader
 from harness.records import Records
+from models import WhitenedCNN
 
 ADAMW = {"optimizer.name": "AdamW", "optimizer.weight_decay": "WEIGHT_DECAY", "optimizer.betas": [0.9, 0.999]}
 SGD = {
@@ -24,8 +25,8 @@ EVERY = {
     "batch_size": "BATCH_SIZE", "lr": "LR", "epochs": "EPOCHS", "seed": 0, "optimizer.lr_multiple": 1.0,
     "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
     "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
-    "augmentation.flip": True, "augmentation.crop": True, "augmentation.transform": None,
-    "test.flip": False, "test.crop": False, "test.cutout": 0, "test.training": False, "training": True,
+    "augmentation.flip": True, "augmentation.crop": 4, "augmentation.transform": None,
+    "test.flip": False, "test.crop": 0, "test.cutout": 0, "test.training": False, "training": True,
     "scheduler.name": None, "groups": 1, "test.transform": None,
 }  # fmt: skip
 # The peak after a quarter of the epochs, in a line up and down again; an epoch has the rate of its middle.
@@ -35,10 +36,20 @@ IMAGENET = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  
 TUTORIAL = {"constants.MEAN": [0.5] * 3, "constants.STD": [0.5] * 3}
 OWN = {f"constants.{name.upper()}": values for name, values in IMAGENET.items()}
 RESNET = {"network.name": "ResNet18"}
+MUON = {
+    "optimizer.name": "Muon", "groups": 3, "network.name": "WhitenedCNN", "whitened": True,
+    "augmentation.flip": "alternating", "augmentation.crop": "CROP",
+    "optimizer.group0.parameters": 6, "optimizer.group1.parameters": 6, "optimizer.group2.parameters": 1,
+    "optimizer.group0.lr_multiple": 1.0, "optimizer.group1.lr_multiple": "BIAS_RATE",
+    "optimizer.group2.lr_multiple": "HEAD_RATE", "optimizer.group0.momentum": "MOMENTUM",
+    "optimizer.group1.momentum": "SGD_MOMENTUM", "optimizer.group2.momentum": "SGD_MOMENTUM",
+    "optimizer.group0.weight_decay": 0, "decay": "DECAY",
+}  # fmt: skip
+NO_MULTIPLE = {name: value for name, value in EVERY.items() if name != "optimizer.lr_multiple"}
 HANDED_OVER = {  # by command line: a value of the recipe, or the constant that it must be
-    R1: EVERY | SGD | TUTORIAL | {"augmentation.flip": False, "augmentation.crop": False, "precision": "PRECISION"},
-    f"{R1} --flip": EVERY | SGD | TUTORIAL | {"augmentation.crop": False, "precision": "PRECISION"},
-    R2: EVERY | ADAMW | TUTORIAL | RESNET | {"augmentation.crop": False, "epochs": "EPOCHS.flip"},
+    R1: EVERY | SGD | TUTORIAL | {"augmentation.flip": False, "augmentation.crop": 0, "precision": "PRECISION"},
+    f"{R1} --flip": EVERY | SGD | TUTORIAL | {"augmentation.crop": 0, "precision": "PRECISION"},
+    R2: EVERY | ADAMW | TUTORIAL | RESNET | {"augmentation.crop": 0, "epochs": "EPOCHS.flip"},
     f"{R2} --crop": EVERY | ADAMW | TUTORIAL | RESNET | {"epochs": "EPOCHS.crop"},
     R3: EVERY | ADAMW | OWN | RESNET | {"network.arguments.stem": "imagenet", "base": "BASE"},
     R4: EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
@@ -50,6 +61,8 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     f"{R4} --stem cifar-nopool": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
         "epochs": "EPOCHS.cifar-nopool", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "cifar-nopool"
     },
+    R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain"},
+    f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.tta"},
     MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | {"network.name": "MobileNetV2"},
 }  # fmt: skip
 FLAGS = ["--epochs", 7, "--batch-size", 24, "--lr", 0.0123, "--seed", 5, "--precision", "fp32", "--holdout"]
@@ -75,8 +88,15 @@ def hand_over(path):
         recipe["test"]["transform"] = test.transform
         recipe |= {"groups": len(checkpoints.optimizer.param_groups), "images": len(train.labels)}
         recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
+        if isinstance(checkpoints.model, WhitenedCNN):
+            recipe["whitened"] = torch.allclose(*checkpoints.model.whitening.weight.abs().split(12))
+            small = checkpoints.optimizer.param_groups[1:]
+            decays = [group["weight_decay"] * group["initial_lr"] for group in small]
+            recipe["decay"] = round(decays[0], 9) if decays[0] == pytest.approx(decays[1]) else decays
         if checkpoints.scheduler:
-            (factors,), epochs = recipe["scheduler"]["factors"], recipe["epochs"]
+            factors, *others = recipe["scheduler"]["factors"]
+            assert all(other == factors for other in others)
+            epochs = recipe["epochs"]
             peak = recipe["constants"]["PEAK"] * epochs
             middles = [epoch + 0.5 for epoch in range(epochs)]
             triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]

@@ -13,14 +13,14 @@ import utils
 
 import pytest
 import torch
-from helpers import MOBILENET, R1, R2, R3, R4, log, output, same_weights, wait_for_a_save, write_images
+from helpers import MOBILENET, R1, R2, R3, R4, R5, log, output, same_weights, wait_for_a_save, write_images
 
 from harness.recipe import describe_scheduler
 
 
 @pytest.mark.parametrize(
     "command",
-    [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [MOBILENET]],
+    [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [R5, "--tta"], [MOBILENET]],
     ids=" ".join,
 )
 def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_path, command):
@@ -257,3 +257,21 @@ def test_a_rate_is_given_to_any_scheduler(make):
     step.change_lr(0.01, scheduler)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
     assert json.dumps(describe_scheduler(scheduler, 10))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_rate_that_is_given_scales_that_of_all_groups(scheduled):
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 40.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = utils.triangular_schedule(optimizer, 10, 0) if scheduled else None
+    step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
+    step.change_lr(0.2, scheduler)
+    for _ in range(2):
+        factor = 1 - optimizer.state_dict()["param_groups"][0]["lr"] / 0.2  # how much the schedule takes away
+        assert factor == pytest.approx(0.05 + 0.1 * scheduler.last_epoch if scheduler else 0)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [0.2 * (1 - factor), 80 * (1 - factor)]
+        )
+        optimizer.step()
+        scheduler and scheduler.step()

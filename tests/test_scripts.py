@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import json
 import os
@@ -17,8 +18,9 @@ import utils
 
 import pytest
 import torch
-from helpers import R1, R2, ROOT, Trap, log, same_weights, write_images
+from helpers import R1, R2, R5, ROOT, Trap, log, same_weights, write_images
 
+import models
 from harness.files import read_checkpoint
 from harness.synthetic import SHAPES
 
@@ -328,3 +330,23 @@ def test_large_activations_find_their_memory_again():
     """In a page fault for each 4 KiB a step would spend half its time."""
     done = subprocess.run([sys.executable, "-c", ALLOCATE], stdout=subprocess.PIPE, check=True)
     assert int(done.stdout) < 2_000  # 10 times 20,480 otherwise
+
+
+def note_views(path):
+    """In the process of a script: appends to the file how many images SixViews is called with."""
+    original = models.SixViews.forward
+
+    def forward(self, images):
+        with path.open("a") as file:
+            print(len(images), file=file)
+        return original(self, images)
+
+    models.SixViews.forward = forward
+
+
+@pytest.mark.parametrize("flags", [[], ["--tta"]], ids=str)
+def test_r5_tests_six_views_with_tta_only(script, tmp_path, folders, flags):
+    path = tmp_path / "views"
+    script(R5, "--data", folders, "--epochs", 2, *flags, before=functools.partial(note_views, path))
+    assert (path.read_text().split() if path.exists() else []) == ["30"] * 3 * len(flags)  # each epoch, and the end
+    assert (tmp_path / "checkpoints" / "-".join(["cifar10_r5", *(flag[2:] for flag in flags)]) / "run.json").exists()

@@ -1,0 +1,63 @@
+"""The small network of the CIFAR-10 speed records: airbench's (Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.cpu_layers import Conv3x3
+
+
+class WhitenedCNN(nn.Module):
+    """A frozen first layer that whitens patches of 2x2 pixels, then six 3x3 convolutions, 1.97 million parameters.
+
+    Takes images of shape (N, 3, H, W), float, of 16x16 pixels or more; returns logits of shape (N, num_classes).
+    `whiten` sets the first layer.
+    """
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.whitening = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
+        self.blocks = nn.Sequential(Block(24, 64), Block(64, 256), Block(256, 256))
+        self.head = nn.Linear(256, num_classes, bias=False)
+        nn.init.normal_(self.head.weight)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def whiten(self, images: torch.Tensor) -> None:
+        """Set the first layer's weights so that its outputs on these images are uncorrelated, each with variance 1.
+
+        They are the eigenvectors of the patches' covariance and their negatives (page 4 of the paper).
+        images: normalised, of shape (N, 3, H, W).
+        """
+        patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
+        eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
+        self.whitening.weight.copy_(torch.cat([filters, -filters]).view_as(self.whitening.weight))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.blocks(F.gelu(self.whitening(images))).amax((2, 3))
+        return self.head(features) / features.shape[1]
+
+
+class Block(nn.Module):
+    """Two convolutions, a max-pool after the first; each begins as the identity of its inputs (page 4 of the paper)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1, self.norm1 = Conv3x3(in_channels, out_channels), BatchNorm(out_channels)
+        self.conv2, self.norm2 = Conv3x3(out_channels, out_channels), BatchNorm(out_channels)
+        for conv in (self.conv1, self.conv2):
+            nn.init.dirac_(conv.weight[: conv.in_channels])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.gelu(self.norm2(self.conv2(x)))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch-norm without a learnt scale, its averages over the last few batches only, since the run is so short."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-12, momentum=0.4)
+        self.weight.requires_grad = False
