@@ -169,6 +169,33 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
     save(figure, path)
 
 
+@own_settings
+def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], path: Path) -> None:
+    """Draw the test accuracy in percent by the minutes and the operations that a run has taken so far.
+
+    logs: the rows of each run's log, by the run's name. petaflop: all operations of a run, in 10^15, where known.
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
+        accuracy = [row["test_accuracy"] for row in rows]
+        minutes = np.cumsum([row["seconds"] for row in rows]) / 60
+        shares = np.arange(1, len(rows) + 1) / len(rows)
+        for axis, cost in zip(axes, (minutes, shares * petaflop[name] if name in petaflop else None), strict=True):
+            if cost is not None:
+                axis.plot(cost, accuracy, color=color, linewidth=1.2)
+                axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=4)
+                label = f" {escape_unprintable(name)} {accuracy[-1]:.1f}"
+                axis.text(cost[-1], accuracy[-1], label, color=color, size=8, va="center")
+    for axis, what in zip(axes, ("minutes of training and testing", "operations of training, in PFLOP"), strict=True):
+        axis.set(xscale="log", xlabel=what, ylim=(50, 97))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.25)
+    axes[0].set_ylabel("accuracy on the test images, in percent")
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write the picture whole, in the format of the path's suffix. Raise UserError if it cannot be written."""
     content = io.BytesIO()

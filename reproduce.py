@@ -7,7 +7,7 @@ python reproduce.py --only r1-flip --seeds 20 --jobs 4  # four runs at once, eac
 python reproduce.py --only r1-flip --seeds 200 --jobs 4 --ray auto  # four on each machine of a Ray cluster
 python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
 python reproduce.py --list                   # what there is, and how far it is
-python reproduce.py --readme                 # writes the README's tables and pictures anew, from results/
+python reproduce.py --readme                 # writes the tables and pictures of README and docs anew, from results/
 
 It can be ended and started again at any time: finished rows are not run again, an unfinished one goes on. The record of
 a finished row goes into results/mine, and is compared with those of other machines, in the folders beside it.
@@ -53,11 +53,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Row(NamedTuple):
-    """A row of the table. run: its name with seed 0; to_reach: percent; after: the row that this one goes on from."""
+    """A row of the table. run: its name with seed 0; target: percent; after: the row that this one goes on from."""
 
     command: str
     run: str
-    to_reach: float
+    target: float
     after: str | None = None
 
 
@@ -212,29 +212,39 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
-def readme(text: str, machines: Machines) -> str:
-    """Return the README with its tables written anew, each between two comments. Raise UserError without these."""
-    tables = {"results": results_table(ROWS, machines), "r3 by class": by_class_table(R3_BY_CLASS, machines)}
+def fill(text: str, tables: dict[str, str]) -> str:
+    """Return the text with its tables written anew, each between two comments. Raise UserError without these."""
     for name, table in tables.items():
         begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, found_too, after = rest.partition(end)
         if not (found and found_too):
-            raise UserError(f"README.md has no place for the table {name!r}")
+            raise UserError(f"there is no place for the table {name!r}; put its two comments back")
         text = before + begin + table + end + after
     return text
 
 
+def pages(machines: Machines) -> dict[Path, str]:
+    """Return the pages that have tables, these written anew, by their paths. Raise UserError if one has no place."""
+    tables = {
+        ROOT / "README.md": {"results": results_table(ROWS, machines)},
+        ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
+    }
+    return {path: fill(path.read_text(), own) for path, own in tables.items()}
+
+
 def write_readme() -> None:
-    """Write the README's tables, and each machine's pictures into its folder of results/."""
+    """Write the tables of README and docs, and each machine's pictures into its folder of results/."""
     machines = read_records()
-    path = ROOT / "README.md"
-    write_atomically(path, readme(path.read_text(), machines).encode())
+    for path, text in pages(machines).items():
+        write_atomically(path, text.encode())
     for machine, rows in machines.items():
         first = {name: rows[name][0] for name in ROWS if name in rows}
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
+        petaflop = {name: first[name]["petaflop"] for name in shown if "petaflop" in first[name]}
+        plot.costs({name: first[name]["epochs"] for name in shown}, petaflop, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
             plot.seeds(several, RESULTS / machine / "seeds.png")
@@ -274,7 +284,7 @@ def main() -> None:
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="run on a Ray cluster: N at once on each machine")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only show the rows")
-    add("--readme", action="store_true", help="only write the README's tables and pictures anew")
+    add("--readme", action="store_true", help="only write the tables and pictures of README and docs anew")
     parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add(
@@ -313,7 +323,7 @@ def main() -> None:
         state = "finished" if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
     failed = {} if args.list else run_jobs([job for job in jobs if not job.is_finished()], args)
-    print(comparison({job.name: ROWS[job.name].to_reach for job in jobs}, read_records(results)))
+    print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))
     if failed:
         raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 

@@ -74,13 +74,13 @@ def summary(records: list[dict], key: str = "accuracy") -> str:
     return f"{mean:.1f} ± {deviation:.1f} (n = {len(values)}) [{low:.2f}, {high:.2f}]"
 
 
-def comparison(to_reach: dict[str, float], machines: Machines) -> str:
+def comparison(targets: dict[str, float], machines: Machines) -> str:
     """Return a table for the terminal: the accuracy of the last epoch, in percent, on each machine.
 
-    to_reach: the accuracy that each row of the table is to reach, by its name.
+    targets: of each row of the table, in percent, by its name.
     """
-    lines = [["row", "to reach", *machines]]
-    for name, target in to_reach.items():
+    lines = [["row", "target", *machines]]
+    for name, target in targets.items():
         cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
         lines.append([name, f"{target:g}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -119,13 +119,13 @@ def verdict(found: Difference) -> str:
 
 
 def results_table(rows, machines: Machines) -> str:
-    """Return the README's table of results, in Markdown. rows: of reproduce.py, with command and to_reach, by name."""
+    """Return the README's table of results, in Markdown. rows: of reproduce.py, with command and target, by name."""
     lines = [
-        "| command | to reach | last epoch | best epoch | epochs | time | machine |",
+        "| command | target | last epoch | best epoch | epochs | time | machine |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
-        start = f"| `python {row.command}` | {row.to_reach:g} |"
+        start = f"| `python {row.command}` | {row.target:g} |"
         found = [records[name] for records in machines.values() if name in records]
         for records in found:
             seconds = statistics.mean(map(training_seconds, records))
@@ -139,11 +139,11 @@ def results_table(rows, machines: Machines) -> str:
     return "\n".join(lines)
 
 
-def by_class_table(to_reach: dict[str, float], machines: Machines) -> str:
+def by_class_table(targets: dict[str, float], machines: Machines) -> str:
     """Return the README's table of r3's accuracy by class, in Markdown."""
-    lines = ["| | " + " | ".join(to_reach) + " |", "| --- |" + " --- |" * len(to_reach)]
-    lines.append("| to reach | " + " | ".join(f"{value:.1f}" for value in to_reach.values()) + " |")
+    lines = ["| | " + " | ".join(targets) + " |", "| --- |" + " --- |" * len(targets)]
+    lines.append("| target | " + " | ".join(f"{value:.1f}" for value in targets.values()) + " |")
     for machine, rows in machines.items():
         for record in rows.get("r3", [])[:1]:
-            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in to_reach) + " |")
+            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in targets) + " |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Each command of the README that a machine alone can run, as it stands there but for the data and the epochs."""
+"""Each command of README and docs that a machine alone can run, as it stands but for the data and the epochs."""
 
 import re
 
@@ -6,14 +6,16 @@ from helpers import ROOT, SCRIPTS, write_images
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
 ELSEWHERE = (  # what other tests run, or what takes the network or days
     "python -m pytest", "python download.py", "python reproduce.py", "python benchmarks/", "python tests/",
+    "python plot.py results/",
 )  # fmt: skip
 
 
 def commands():
-    """Every `python SCRIPT ...` of the README, in its order, once, without its number of epochs."""
-    found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", README, re.MULTILINE)
+    """Every `python SCRIPT ...` of the pages, in their order, once, without its number of epochs."""
+    found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", PAGES, re.MULTILINE)
     found = dict.fromkeys(re.sub(r" --epochs \d+", "", command) for command in found)
     return [command for command in found if not command.startswith(ELSEWHERE)]
 
@@ -23,7 +25,7 @@ def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (300, 200), (30, 40, 50)).save(tmp_path / "cat.jpg")
     (tmp_path / "holiday").mkdir()
     Image.new("RGB", (60, 80), (160, 170, 150)).save(tmp_path / "holiday/frog.png")
-    assert len(commands()) >= 18
+    assert len(commands()) >= 20
     for command in commands():
         name, *flags = command.removeprefix("python ").split()
         if "predict" not in name and "synthetic" not in flags:

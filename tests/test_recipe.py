@@ -189,7 +189,7 @@ def test_the_command_that_resumes(monkeypatch):
 
 
 def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
-    """The README's "Add an experiment": a copy of r4, with a number, a choice and something that is on by default."""
+    """CONTRIBUTING.md's "Add an experiment": a copy of r4, with a number, a choice and a flag that is on by default."""
     path = edited(
         tmp_path,
         R4,

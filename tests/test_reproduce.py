@@ -18,6 +18,7 @@ import reproduce
 from harness.jobs import Task, run_side_by_side
 from harness.results import RESULTS, read_records, summary
 from harness.statistics import difference, interval, t_quantile
+from harness.terminal import UserError
 
 
 def wait_for_epochs(process, folder, count):
@@ -58,7 +59,7 @@ def test_interrupted_twice_and_finished(start, script, tmp_path):
     assert [record["recipe"]["seed"] for record in records] == [0, 1]
     assert str(tmp_path) not in json.dumps(records)
     header, row = (re.split(r" {2,}", line) for line in out.splitlines()[-2:])
-    assert header[:2] == ["row", "to reach"] and header[-1] == "mine"
+    assert header[:2] == ["row", "target"] and header[-1] == "mine"
     assert row[:2] == ["r1-flip", "67"] and row[-1] == summary(records) and "(n = 2)" in row[-1]
 
 
@@ -297,11 +298,13 @@ def test_each_record_is_of_its_row(name, row):
             assert record["run"] == row.run + reproduce.run_suffix(seed, False, "") and record["data"] != "synthetic"
 
 
-def test_readme_says_what_the_records_say():
+def test_readme_and_docs_say_what_the_records_say():
     """`python reproduce.py --readme` writes what differs."""
+    assert all(path.read_text() == text for path, text in reproduce.pages(read_records()).items())
     text = (ROOT / "README.md").read_text()
-    assert reproduce.readme(text, read_records()) == text
-    changed = text.replace("| `python cifar10_r1.py` | 60 |", "| `python cifar10_r1.py` | 61 |")
-    assert changed != text and reproduce.readme(changed, read_records()) == text
-    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
-        assert (ROOT / path).is_file(), path
+    with pytest.raises(UserError, match="there is no place for the table 'results'"):
+        reproduce.fill(text.replace("<!-- end of results -->", ""), {"results": ""})
+    assert reproduce.fill(text, {"results": "| 1 |"}).count("\n| ") < text.count("\n| ")
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
