@@ -183,15 +183,16 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
         shares = np.arange(1, len(rows) + 1) / len(rows)
         for axis, cost in zip(axes, (minutes, shares * petaflop[name] if name in petaflop else None), strict=True):
             if cost is not None:
-                axis.plot(cost, accuracy, color=color, linewidth=1.2)
-                axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=4)
-                label = f" {escape_unprintable(name)} {accuracy[-1]:.1f}"
-                axis.text(cost[-1], accuracy[-1], label, color=color, size=8, va="center")
+                axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
+                axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
+                place = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+                label = f"{escape_unprintable(name)} {accuracy[-1]:.1f}"
+                axis.annotate(label, (cost[-1], accuracy[-1]), color=color, size=8, weight="bold", **place)
     for axis, what in zip(axes, ("minutes of training and testing", "operations of training, in PFLOP"), strict=True):
         axis.set(xscale="log", xlabel=what, ylim=(50, 97))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
-        axis.margins(x=0.25)
     axes[0].set_ylabel("accuracy on the test images, in percent")
     save(figure, path)
 

@@ -29,12 +29,14 @@ from harness.terminal import CommandLine, UserError, handle_signals, nonempty_pa
 import torch
 from tqdm import tqdm
 
+import models
 import plot
 from harness.cluster import Seat, run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
 from harness.jobs import Task, Worker, run_side_by_side
+from harness.operations import count_operations
 from harness.results import (
     RESULTS,
     Machines,
@@ -49,6 +51,7 @@ from harness.results import (
 )
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # a run's line
+TRAINING_IMAGES = 50_000  # of CIFAR-10
 ROOT = Path(__file__).resolve().parent
 
 
@@ -233,6 +236,15 @@ def pages(machines: Machines) -> dict[Path, str]:
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
 
 
+def petaflop_of(record: dict) -> float | None:
+    """Return the operations of a run, in 10^15; None if an early record does not even name its network."""
+    network = record["recipe"].get("network")
+    if "petaflop" in record or not network:
+        return record.get("petaflop")
+    model = getattr(models, network["name"])(**network["arguments"])
+    return TRAINING_IMAGES * len(record["epochs"]) * count_operations(model) / 1e15
+
+
 def write_readme() -> None:
     """Write the tables of README and docs, and each machine's pictures into its folder of results/."""
     machines = read_records()
@@ -243,7 +255,7 @@ def write_readme() -> None:
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
-        petaflop = {name: first[name]["petaflop"] for name in shown if "petaflop" in first[name]}
+        petaflop = {name: found for name in shown if (found := petaflop_of(first[name]))}
         plot.costs({name: first[name]["epochs"] for name in shown}, petaflop, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
