@@ -9,7 +9,7 @@ class SixViews(nn.Module):
     """A network whose logits are a mean over the image, two shifts of it by a pixel, and the mirror images of these.
 
     The shifts, down and right and up and left, count half as much as the image (Jordan, "94% on CIFAR-10 in 3.29
-    Seconds on a Single GPU", 2024, section 3.5). Takes images of shape (N, 3, H, W); returns logits as the network.
+    Seconds on a Single GPU", 2024). Takes images of shape (N, 3, H, W); returns logits as the network.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,4 +1,4 @@
-"""The small network of the CIFAR-10 speed records: airbench's (Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024)."""
+"""The small network of airbench (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024)."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class WhitenedCNN(nn.Module):
     def whiten(self, images: torch.Tensor) -> None:
         """Set the first layer's weights so that its outputs on these images are uncorrelated, each with variance 1.
 
-        They are the eigenvectors of the patches' covariance and their negatives (page 4 of the paper).
+        They are the eigenvectors of the patches' covariance and their negatives.
         images: normalised, of shape (N, 3, H, W).
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
@@ -41,7 +41,7 @@ class WhitenedCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions, a max-pool after the first; each begins as the identity of its inputs (page 4 of the paper)."""
+    """Two convolutions with a max-pool between them; as far as it can, each begins as the identity."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
