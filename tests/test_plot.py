@@ -144,6 +144,23 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
     assert "mine/r1-seed0.json is no record of a run" in refused("plot.py", "mine")
 
 
+def test_costs_add_up(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    logs = {
+        "r1": [{"test_accuracy": 60, "seconds": 60}, {"test_accuracy": 65, "seconds": 120}],
+        "early": [{"test_accuracy": 80, "seconds": 600}],
+    }
+    plot.costs(logs, {"r1": 0.5}, "costs")
+    minutes, operations = drawn["costs"].axes
+    curves = [
+        [[*line.get_xdata()] for line in axis.lines if line.get_marker() != "o"] for axis in (minutes, operations)
+    ]
+    assert curves == [[[1, 3], [10]], [[0.25, 0.5]]]
+    assert [text.get_text() for text in minutes.texts] == ["r1 65.0", "early 80.0"]
+    assert [text.get_text() for text in operations.texts] == ["r1 65.0"]
+
+
 def test_a_suffix_in_capitals(script, tmp_path, folders):
     script(R1, "--data", folders, "--epochs", 1)
     script("plot.py", *["checkpoints/cifar10_r1"] * 2, "--output", "C.PNG")
