@@ -132,7 +132,7 @@ def ours(data, device, make, batch_size, training, images, precision, limit=Fals
     dtype = devices.DTYPES[devices.choose_precision(precision, device)]
     common = {"mean": MEAN, "std": STD, "device": device, "dtype": dtype}
     if training:
-        augmentation = {"training": True, "flip": True, "crop": True}
+        augmentation = {"training": True, "flip": True, "crop": 4}
         loader = Loader(data.train_images, data.train_labels, batch_size, **augmentation, **common)
     else:
         loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **common)

@@ -30,7 +30,7 @@ class Loader:
     on a Single GPU", 2024). `transform`, of torchvision.transforms.v2, comes after flip and crop and draws
     from PyTorch's global generator, which `utils.train` seeds for each epoch.
 
-    Raises UserError if there are more processes than images to share.
+    Raises UserError if there are more processes than images to share, or if `crop` is True.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Loader:
         cutout: int = 0,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
+        if crop is True:
+            raise UserError("crop=True: it is a number of pixels now; take crop=4")
         self.images, self.labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
         self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))

@@ -197,6 +197,11 @@ def test_flip_and_crop_alone(flip, crop):
             assert kept or (flip and mirrored) or crop
 
 
+def test_a_crop_of_no_pixels_is_refused():
+    with pytest.raises(UserError, match="take crop=4"):
+        make_loader(crop=True)
+
+
 def test_alternating_flips_show_both_sides_in_two_epochs():
     loader = make_loader(training=True, flip="alternating")
     sides = []
