@@ -51,7 +51,7 @@ def main():
     checkpoints = utils.Checkpoints(args, data, train_loader, train_step, scheduler)
     for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
-        test_metrics = utils.test(tested, test_loader, criterion, epoch)
+        test_metrics = utils.test(tested if epoch == args.epochs else model, test_loader, criterion, epoch)
         scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
     utils.finish(checkpoints, data, tested, test_loader)

@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
+
+pytestmark = pytest.mark.long
 
 
 def test_every_candidate_is_measured():

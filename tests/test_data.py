@@ -155,6 +155,7 @@ def make_loader(n=64, batch_size=8, **kwargs):
     return Loader(images, torch.arange(n), batch_size, **as_they_are | kwargs)
 
 
+@pytest.mark.long
 def test_flip_and_crop_have_torchvisions_distribution():
     """Every output of an image is one of 81 windows times 2, and as frequent as it should be."""
     n = 162 * 200
@@ -309,6 +310,7 @@ def test_held_out_images_are_a_fixed_tenth_of_each_class():
 # ---------------------------------------------------------------------------------------------- real images
 
 
+@pytest.mark.long
 def test_cifar10_itself(cifar10):
     data = load_data(cifar10)
     assert data.classes == CIFAR10_CLASSES

@@ -21,6 +21,7 @@ from harness.terminal import UserError
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_killed_anywhere(start, script, tmp_path, kills):
     """At random moments, most of them in or near a save; what was reported as saved is there, nothing piles up."""
     write_images(tmp_path / "data", train=8, test=4)
@@ -94,6 +95,7 @@ def test_a_folder_of_another_user(refused, script, tmp_path, folders):
     not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode != 0,
     reason="to mount a folder takes root on Linux",
 )
+@pytest.mark.long
 def test_a_read_only_checkout(tmp_path, folders):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "models", checkout / "models")
@@ -261,6 +263,7 @@ def test_one_byte_changed_anywhere(last):
     assert refusals > 400
 
 
+@pytest.mark.long
 def test_one_byte_changed_on_the_command_line(script, last, folders):
     """Either refused in one line, or, where the byte was padding, what the whole file gives."""
     whole, rng = last.read_bytes(), random.Random(1)

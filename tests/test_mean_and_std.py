@@ -113,6 +113,7 @@ def test_the_script(script, refused, tmp_path, folders):
     assert "argument --plot: 'histograms.xyz' has no suffix" in refused(*flags, "--plot", "histograms.xyz")
 
 
+@pytest.mark.long
 def test_cifar10(script, cifar10):
     """To all the digits that are published."""
     out = script("mean_and_std.py", "--data", cifar10).stdout

@@ -109,6 +109,7 @@ def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
     assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other, data=folders).split())
 
 
+@pytest.mark.long
 def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
     script(R2, "--data", folders, "--epochs", 1)
     script(R2, "--data", folders, "--epochs", 2, "--resume")

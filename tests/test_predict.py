@@ -42,6 +42,7 @@ def test_pictures_and_folders(script, tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != R3])
+@pytest.mark.long
 def test_the_function_gives_the_accuracy_that_the_run_had(script, tmp_path, folders, name):
     """Every network, its images read from their files as a user would, is as good as its file says."""
     script(name, "--data", folders, "--epochs", 2, "--precision", "fp32")

@@ -2,8 +2,11 @@
 
 import re
 
+import pytest
 from helpers import ROOT, SCRIPTS, write_images
 from PIL import Image
+
+pytestmark = pytest.mark.long
 
 README = (ROOT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])

@@ -27,6 +27,7 @@ def edited(tmp_path, name, *edits):
     return path
 
 
+@pytest.mark.long
 def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders):
     flags = ["--data", folders, "--batch-size", 30, "--epochs", 1, "--resume"]
     script(edited(tmp_path, R4), *flags)
@@ -188,6 +189,7 @@ def test_the_command_that_resumes(monkeypatch):
 # --------------------------------------------------------------------------------------- another experiment
 
 
+@pytest.mark.long
 def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
     """CONTRIBUTING.md's "Add an experiment": a copy of r4, with a number, a choice and a flag that is on by default."""
     path = edited(
@@ -220,6 +222,7 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
 # ------------------------------------------------------------------------------------------------- held out
 
 
+@pytest.mark.long
 def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
     out = script(R1, "--data", folders, "--epochs", 1, "--holdout").stdout
     assert "81 training and 9 held-out training images of 3 classes" in out  # of 90

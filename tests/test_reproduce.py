@@ -35,6 +35,7 @@ def figures(record):
     return epochs, record["accuracy"], record["confusion"], record["recipe"]
 
 
+@pytest.mark.long
 def test_interrupted_twice_and_finished(start, script, tmp_path):
     folders = write_images(tmp_path / "pictures", train=300)
     script(R1, "--data", folders, "--flip", "--seed", 1)  # the same, by hand
@@ -106,6 +107,7 @@ def test_a_record_that_is_none_is_named_and_passed_over(script, tmp_path):
     assert "passed over" not in script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
 
 
+@pytest.mark.long
 def test_a_damaged_log_is_written_anew(start, script, tmp_path, folders):
     flags = ["--only", "r1", "--data", folders, "--results", "mine"]
     log = tmp_path / "checkpoints/reproduce/cifar10_r1/log.csv"
@@ -132,6 +134,7 @@ def accuracies(folder):
     return {path.stem: json.loads(path.read_text())["accuracy"] for path in folder.glob("*.json")}
 
 
+@pytest.mark.long
 def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypatch):
     """Nothing is lost, nothing run twice, and the figures are those of one after another with as many threads."""
     folders = write_images(tmp_path / "pictures", train=60)
@@ -155,6 +158,7 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
     )
 
 
+@pytest.mark.long
 def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
     """Three machines of Ray's, twelve runs: each has its record, with the figures that it has without Ray."""
     pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
@@ -193,6 +197,7 @@ def test_ray_without_a_cluster_or_ray(refused, tmp_path, folders):
         assert expected in refused("reproduce.py", *flags, address)
 
 
+@pytest.mark.long
 def test_a_run_that_fails_ends_no_other(script, tmp_path, folders):
     other = write_images(tmp_path / "other", classes=("cat", "dog"), train=4, test=2)
     run = tmp_path / "checkpoints/reproduce"

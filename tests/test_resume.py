@@ -23,6 +23,7 @@ from harness.recipe import describe_scheduler
     [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [R5, "--tta"], [MOBILENET]],
     ids=" ".join,
 )
+@pytest.mark.long
 def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_path, command):
     write_images(tmp_path / "data", train=8, test=4)
     name, *flags = [*command, "--batch-size", 12, "--lr", 0.01, "--epochs", 5, "--resume"]
@@ -104,6 +105,7 @@ def test_the_best_accuracy_is_not_forgotten(script, tmp_path, folders):
     assert "saved as the best" not in out and best.read_bytes() == before
 
 
+@pytest.mark.long
 def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--batch-size", 30, "--epochs"]
     line = refused(R3, *flags, 9, "--resume")
@@ -176,6 +178,7 @@ def test_best_is_the_best_of_the_log(script, tmp_path, folders):
     assert in_file == in_record and in_file[0] < epochs
 
 
+@pytest.mark.long
 def test_a_best_of_another_run_is_not_adopted(script, tmp_path, folders):
     flags = [R1, "--data", folders, "--epochs"]
     script(*flags, 2)

@@ -14,6 +14,8 @@ from helpers import R1, R2, ROOT, log, weights, write_images
 from harness.data import load_data
 from predict import load_classifier
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def data(tmp_path):
