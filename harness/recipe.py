@@ -162,8 +162,9 @@ def shorten(value: object) -> str:
 def today(recipe: dict) -> dict:
     """Return a recipe that an earlier version wrote, under today's names; it has fewer of them."""
     if "constants" in recipe:
-        if recipe["augmentation"]["crop"] is True:
-            recipe["augmentation"]["crop"] = 4
+        augmentation = recipe.get("augmentation")
+        if isinstance(augmentation, dict) and augmentation.get("crop") is True:  # of 4 pixels, the only one there was
+            return recipe | {"augmentation": augmentation | {"crop": 4}}
         return recipe
     optimizer = {"name": recipe.get("optimizer")}
     optimizer |= {name: recipe[name] for name in ("momentum", "weight_decay") if name in recipe}

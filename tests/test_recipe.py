@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import R1, R2, R4, ROOT, log
 
-from harness.recipe import first_difference, plain
+from harness.recipe import first_difference, plain, today
 
 # ------------------------------------------------------------------------------------------------ its recipe
 
@@ -245,3 +245,10 @@ def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
         script(R1, "--data", folders, "--evaluate", folder / "last.pt").stdout
     )
     assert "is of the run" not in script(R2, "--data", folders, "--epochs", 1, "--holdout", "--seed", 1).stdout
+
+
+def test_an_earlier_recipe_names_its_crop_in_pixels():
+    earlier = {"constants": {}, "augmentation": {"flip": True, "crop": True}}
+    assert today(earlier) == {"constants": {}, "augmentation": {"flip": True, "crop": 4}}
+    for recipe in ({"constants": {}, "augmentation": {"crop": 0}}, {"constants": {}}):
+        assert today(recipe) == recipe
