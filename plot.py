@@ -179,15 +179,15 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
     axes = figure.subplots(1, 2, sharey=True)
     for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
         accuracy = [row["test_accuracy"] for row in rows]
-        minutes = np.cumsum([row["seconds"] for row in rows]) / 60
-        shares = np.arange(1, len(rows) + 1) / len(rows)
-        for axis, cost in zip(axes, (minutes, shares * petaflop[name] if name in petaflop else None), strict=True):
-            if cost is not None:
-                axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
-                axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
-                place = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-                label = f"{escape_unprintable(name)} {accuracy[-1]:.1f}"
-                axis.annotate(label, (cost[-1], accuracy[-1]), color=color, size=8, weight="bold", **place)
+        costs = {axes[0]: np.cumsum([row["seconds"] for row in rows]) / 60}
+        if name in petaflop:
+            costs[axes[1]] = petaflop[name] * np.arange(1, len(rows) + 1) / len(rows)
+        for axis, cost in costs.items():
+            axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
+            axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
+            place = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+            label = f"{escape_unprintable(name)} {accuracy[-1]:.1f}"
+            axis.annotate(label, (cost[-1], accuracy[-1]), color=color, size=8, weight="bold", **place)
     for axis, what in zip(axes, ("minutes of training and testing", "operations of training, in PFLOP"), strict=True):
         axis.set(xscale="log", xlabel=what, ylim=(50, 97))
         axis.xaxis.set_major_formatter("{x:g}")

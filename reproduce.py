@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 import models
 import plot
-from harness.cluster import Seat, run_on_cluster
+from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
-from harness.jobs import Task, Worker, run_side_by_side
-from harness.operations import count_operations
+from harness.jobs import Task, run_side_by_side
+from harness.operations import petaflop
 from harness.results import (
     RESULTS,
     Machines,
@@ -127,16 +127,16 @@ def task_of(job: Job, args: argparse.Namespace) -> Task:
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     """Run the jobs, up to --jobs at once, and copy their records; return what went wrong, by the jobs that failed."""
     alone = args.jobs == 1 and args.ray is None
-    by_name, bars = {str(job): job for job in jobs}, Bars(1 if alone else len(jobs))
+    by_name, bars = {str(job): job for job in jobs}, Bars(shown=not alone and sys.stdout.isatty())
 
-    def report(worker: Worker | Seat, line: str) -> None:
-        job, epoch = by_name[worker.task.name], EPOCH.match(line)
+    def report(task: Task, number: int, line: str) -> None:
+        job, epoch = by_name[task.name], EPOCH.match(line)
         if epoch:
             later = [other for other in by_name.values() if other is not job]
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
         if alone:
             print(line, flush=True)
-        elif not bars.show(worker.number, job, epoch):
+        elif not bars.show(number, job, epoch):
             print(f"{job}: {line}", flush=True)
 
     def finish(task: Task) -> None:
@@ -169,13 +169,13 @@ def share(number: int, args: argparse.Namespace) -> dict[str, str]:
 class Bars:
     """On a terminal, a progress bar for each of several jobs that run at once."""
 
-    def __init__(self, count: int):
-        self.count, self.bars = count if count > 1 and sys.stdout.isatty() else 0, {}
+    def __init__(self, shown: bool):
+        self.shown, self.bars = shown, {}
 
     def show(self, number: int, job: Job, epoch: re.Match | None) -> bool:
         """Show what an epoch's line says in the bar of that number; return False where there are no bars."""
-        if not self.count or not epoch:
-            return bool(self.count)
+        if not self.shown or not epoch:
+            return self.shown
         bar = self.bars.get(number)
         if not bar or bar.desc != f"{job}: ":
             self.bars[number] = bar = progress_bar(desc=str(job), total=int(epoch[2]), position=number, leave=False)
@@ -242,7 +242,7 @@ def petaflop_of(record: dict) -> float | None:
     if "petaflop" in record or not network:
         return record.get("petaflop")
     model = getattr(models, network["name"])(**network["arguments"])
-    return TRAINING_IMAGES * len(record["epochs"]) * count_operations(model) / 1e15
+    return petaflop(model, TRAINING_IMAGES * len(record["epochs"]))
 
 
 def write_readme() -> None:
@@ -255,8 +255,8 @@ def write_readme() -> None:
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
-        petaflop = {name: found for name in shown if (found := petaflop_of(first[name]))}
-        plot.costs({name: first[name]["epochs"] for name in shown}, petaflop, RESULTS / machine / "costs.png")
+        operations = {name: found for name in shown if (found := petaflop_of(first[name]))}
+        plot.costs({name: first[name]["epochs"] for name in shown}, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
             plot.seeds(several, RESULTS / machine / "seeds.png")

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from harness.files import checkpoint_bytes, read_checkpoint, read_first_whole, write_atomically, write_checkpoint
 from harness.folder import RunFolder, find_best, resumable_files
-from harness.operations import count_operations
+from harness.operations import petaflop
 from harness.processes import RANK, WORLD_SIZE, broadcast, gather
 from harness.recipe import check_same, describe_recipe, describe_script, first_difference, today
 from harness.records import Records, describe_network, print_saving
@@ -268,6 +268,5 @@ class Checkpoints:
             "tested_on": self.network["tested_on"],
         }
         figures = {"accuracy": accuracy, "per_class": per_class, "confusion": confusion.tolist()}
-        images = len(self.loader.labels) * len(self.records.rows)
-        figures["petaflop"] = images * count_operations(self.model) / 1e15
+        figures["petaflop"] = petaflop(self.model, len(self.loader.labels) * len(self.records.rows))
         self.records.write_record(run, figures, self.loader.device, self.loader.dtype)

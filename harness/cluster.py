@@ -1,27 +1,19 @@
 """The tasks of `jobs` on a Ray cluster, each on whichever machine has room for it."""
 
+import itertools
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from harness.jobs import Task
-from harness.terminal import UserError, escape_unprintable
+from harness.terminal import IN_USE, UserError, escape_unprintable
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 60  # for runs that are to end
-IN_USE = " is in use by "  # in the error of a run whose folder another holds
-
-
-class Seat(NamedTuple):
-    """A task that runs, and its number among those that do."""
-
-    task: Task
-    number: int
 
 
 def run_on_cluster(
@@ -29,7 +21,7 @@ def run_on_cluster(
     address: str | None,
     jobs: int,
     use_gpus: bool,
-    report: Callable[[Seat, str], None],
+    report: Callable[[Task, int, str], None],
     finish: Callable[[Task], None],
 ) -> dict[str, str]:
     """Run the tasks on a Ray cluster; return what went wrong, by the names of the tasks that failed.
@@ -59,19 +51,20 @@ def run_on_cluster(
         most = {name: max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU")}
         cores, gpus = max(1, int(most["CPU"] // jobs)), min(1, most["GPU"] / jobs) if use_gpus else 0
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
-        by_name, refs, seats, failed = {task.name: task for task in tasks}, {}, {}, {}
+        by_name, refs, failed = {task.name: task for task in tasks}, {}, {}
+        numbers = {}  # of the tasks that run, by their names
         for name, task in by_name.items():
             refs[name] = remote.remote(task, cores, lines, refs.get(task.after))
             names[refs[name]] = name
         while names:
             done, _ = ray.wait([*names], timeout=POLL_SECONDS)
             for name, line in lines.get_nowait_batch(lines.qsize()):
-                taken = {seat.number for seat in seats.values()}
-                free = next(number for number in range(len(by_name)) if number not in taken)
-                report(seats.setdefault(name, Seat(by_name[name], free)), line)
+                if name not in numbers:
+                    numbers[name] = next(n for n in itertools.count() if n not in numbers.values())
+                report(by_name[name], numbers[name], line)
             for ref in done:
                 name = names.pop(ref)
-                seats.pop(name, None)
+                numbers.pop(name, None)
                 try:
                     wrong = ray.get(ref)
                 except ray.exceptions.RayError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.files import read_checkpoint, sync_folder, write_atomically
-from harness.terminal import UserError
+from harness.terminal import IN_USE, UserError
 
 OWNER = ".owner"  # the process that a folder belongs to, and a word that no other process has
 
@@ -34,7 +34,7 @@ class RunFolder:
         except Timeout:
             owner = self.path / OWNER
             who = f"process {owner.read_text().split()[0]}" if owner.exists() else "another process"
-            raise UserError(f"{self.path} is in use by {who}; wait for it, or take other --checkpoints") from None
+            raise UserError(f"{self.path}{IN_USE}{who}; wait for it, or take other --checkpoints") from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}; take other --checkpoints") from None
 

@@ -50,14 +50,14 @@ def run_side_by_side(
     tasks: Iterable[Task],
     count: int,
     environment: Callable[[int], dict[str, str]],
-    report: Callable[[Worker, str], None],
+    report: Callable[[Task, int, str], None],
     finish: Callable[[Task], None],
 ) -> dict[str, str]:
     """Run the tasks, up to `count` at once; return what went wrong, by the names of the tasks that failed.
 
-    environment: of the worker of that number, from 0 to count - 1. report: called with each line of a worker; finish:
-    with each task that has succeeded. A task that fails ends no other, but those that come after it. An exception, a
-    signal's say, ends all of them in order.
+    environment: of the worker of that number, from 0 to count - 1. report: called with a task, its worker's number and
+    each of its lines; finish: with each task that has succeeded. A task that fails ends no other, but those that come
+    after it. An exception, a signal's say, ends all of them in order.
     """
     waiting, running, failed = list(tasks), {}, {}
     numbers, unfinished = set(range(count)), {task.name for task in waiting}
@@ -76,7 +76,7 @@ def run_side_by_side(
                 for key, _ in selector.select():
                     worker, lines = key.data, key.data.read_lines()
                     for line in lines or ():
-                        report(worker, line)
+                        report(worker.task, worker.number, line)
                     if lines is None:
                         selector.unregister(worker.process.stdout)
                         status, task = worker.process.wait(), worker.task

@@ -27,8 +27,8 @@ class Loader:
     pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). What an
     epoch draws depends on (seed, epoch) alone; `set_epoch` sets the epoch. With `flip` "alternating" an image is
     mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29 Seconds
-    on a Single GPU", 2024). `transform`, of torchvision.transforms.v2, comes after flip and crop and draws
-    from PyTorch's global generator, which `utils.train` seeds for each epoch.
+    on a Single GPU", 2024). `transform`, of torchvision.transforms.v2, comes after flip and crop and draws from
+    PyTorch's global generator, which `utils.train` seeds for each epoch.
 
     Raises UserError if there are more processes than images to share, or if `crop` is True.
     """

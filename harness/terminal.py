@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from harness.processes import RANK, WORLD_SIZE, leave_processes
 
+IN_USE = " is in use by "  # in the error of a run whose folder another run holds, for which a cluster's run waits
+
 
 class UserError(Exception):
     """An error the user can fix. Its one-line message says what is wrong and what to do."""

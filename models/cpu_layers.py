@@ -19,13 +19,16 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = max(x.shape[2:])
+        if x.device.type == "cpu" and side <= 2:
+            return self.as_linear(x)
+        if x.device.type == "cpu" and side <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            return SideBySide.apply(x, self.weight.to(x.dtype), self.stride)
+        return super().forward(x)
+
+    def as_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the convolution's output, computed as one linear layer from all pixels to all pixels."""
         n, channels, *size = x.shape
-        if x.device.type != "cpu":
-            return super().forward(x)
-        if max(size) > 2:
-            if max(size) <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
-                return SideBySide.apply(x, self.weight.to(x.dtype), self.stride)
-            return super().forward(x)
         # Of each pair of an output and an input pixel, the row and the column of the kernel that lies between them.
         rows, columns = (
             torch.arange(side) - torch.arange(0, side, stride)[:, None] + 1

@@ -129,19 +129,8 @@ def notices(file: str, text: str, instead: str, tests: str, expression: str) -> 
         source = (copy / file).read_text()
         assert source.count(text) >= 1, f"{file} has no {text!r} any more"
         (copy / file).write_text(source.replace(text, instead))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-m",
-            "not slow",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            expression,
-        ]
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", expression]
+        command = [sys.executable, "-m", "pytest", *options]
         done = subprocess.run([*command, *(f"tests/{name}" for name in tests.split())], cwd=copy, capture_output=True)
         assert done.returncode in (0, 1, 2), done.stdout.decode()[-2000:]
         return done.returncode != 0

@@ -198,7 +198,7 @@ def test_flip_and_crop_alone(flip, crop):
             assert kept or (flip and mirrored) or crop
 
 
-def test_a_crop_of_no_pixels_is_refused():
+def test_a_crop_that_is_no_number_is_refused():
     with pytest.raises(UserError, match="take crop=4"):
         make_loader(crop=True)
 
