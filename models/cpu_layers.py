@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class Conv3x3(nn.Conv2d):
@@ -61,12 +62,10 @@ class SideBySide(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
-        of_x = ctx.needs_input_grad[0]
-        of_x = convolution_backward(gradient, x, weight, ctx.stride, (True, False, False))[0] if of_x else None
+        of_x = conv2d_input(x.shape, weight, gradient, ctx.stride, 1) if ctx.needs_input_grad[0] else None
         # One column of zeros behind each image's gradient, and as many behind each image as such a column sees.
         x = in_rows(x, ctx.stride[1] * (gradient.shape[3] + 1) - x.shape[3])
-        of_weight = convolution_backward(in_rows(gradient, 1), x, weight, ctx.stride, (False, True, False))[1]
-        return of_x, of_weight, None
+        return of_x, conv2d_weight(x, weight.shape, in_rows(gradient, 1), ctx.stride, 1), None
 
 
 def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
@@ -79,12 +78,6 @@ def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
     lines = images.permute(0, 2, 3, 1).unflatten(0, (-1, SideBySide.IMAGES)).transpose(1, 2)
     return F.pad(lines, (0, 0, 0, columns)).flatten(2, 3).permute(0, 3, 1, 2)
-
-
-def convolution_backward(gradient, x, weight, stride, wanted: tuple[bool, bool, bool]):
-    """Return PyTorch's gradients of a 3x3 convolution with padding for (x, weight, bias), None where not wanted."""
-    settings = (stride, [1, 1], [1, 1], False, [0, 0], 1)  # padding, dilation, not transposed, its padding, groups
-    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, wanted)
 
 
 class StridedDepthwise(nn.Conv2d):
