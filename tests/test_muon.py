@@ -1,6 +1,7 @@
 """The Muon optimizer, and how many operations a network takes."""
 
 import torch
+from torch import nn
 
 from harness.muon import Muon
 from harness.operations import count_operations
@@ -40,3 +41,8 @@ def test_operations():
     model = ResNet18(stem="cifar")
     assert 0.041 < 50_000 * count_operations(model) / 1e15 < 0.043  # PFLOP an epoch
     assert model.conv1.weight.device.type == "cpu"
+
+
+def test_operations_of_a_depthwise_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    assert count_operations(model) == 2 * 32 * 32 * (2 * 3 * 8 + 3 * 8 * 9)  # none for the images' own gradient
