@@ -34,7 +34,9 @@ def main():
     args.epochs = args.epochs or EPOCHS["tta" if args.tta else "plain"]
 
     device = utils.set_up(args)
-    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip="alternating", crop=CROP)
+    data, train_loader, test_loader = utils.dataloaders(
+        args, device, MEAN, STD, flip="alternating", crop=CROP, reflect=True
+    )
     torch.manual_seed(args.seed)
     model = WhitenedCNN(num_classes=len(data.classes)).to(device)
     model.whiten(next(iter(train_loader))[0])
@@ -44,15 +46,14 @@ def main():
     for parameters, rate in ((biases, BIAS_RATE * args.lr), (model.head.parameters(), HEAD_RATE * args.lr)):
         groups.append({"params": parameters, "lr": rate, "momentum": SGD_MOMENTUM, "weight_decay": DECAY / rate})
     optimizer = utils.Muon(groups, lr=args.lr, momentum=MOMENTUM, dtype=train_loader.dtype)
-    scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
-    train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype)
+    scheduler = utils.triangular_schedule(optimizer, args.epochs * len(train_loader), PEAK)
+    train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype, scheduler)  # stepped after each batch
     tested = SixViews(model) if args.tta else model
 
     checkpoints = utils.Checkpoints(args, data, train_loader, train_step, scheduler)
     for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(tested if epoch == args.epochs else model, test_loader, criterion, epoch)
-        scheduler.step()
         checkpoints.save(epoch, train_metrics, test_metrics)
     utils.finish(checkpoints, data, tested, test_loader)
 

@@ -58,6 +58,7 @@ def dataloaders(
     std: tuple[float, float, float],
     flip: bool | str = False,
     crop: int = 0,
+    reflect: bool = False,
     cutout: int = 0,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Data, Loader, Loader]:
@@ -65,8 +66,8 @@ def dataloaders(
 
     With `args.holdout` a tenth of the training images takes the place of the test images.
 
-    mean, std: of the channels of an image with values from 0 to 1. flip, crop, cutout, transform: how training images
-    are augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
+    mean, std: of the channels of an image with values from 0 to 1. flip to transform: how training images are
+    augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)
@@ -74,7 +75,7 @@ def dataloaders(
         data = data.hold_out()
     common = {"mean": mean, "std": std, "device": device, "dtype": DTYPES[precision]}
     augmentation = {"training": True, "seed": args.seed, "flip": flip, "crop": crop, "cutout": cutout}
-    augmentation["transform"] = transform
+    augmentation |= {"reflect": reflect, "transform": transform}
     train_loader = Loader(data.train_images, data.train_labels, args.batch_size, **augmentation, **common)
     test_loader = Loader(data.test_images, data.test_labels, TEST_BATCH_SIZE, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} {data.tested_on} images"
@@ -83,14 +84,15 @@ def dataloaders(
 
 
 def triangular_schedule(
-    optimizer: torch.optim.Optimizer, epochs: int, peak: float
+    optimizer: torch.optim.Optimizer, steps: int, peak: float
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return a scheduler, stepped after each epoch, whose rate rises in a line to the optimizer's own and falls to 0.
+    """Return a scheduler whose rate rises in a line to the optimizer's own and falls to 0.
 
-    peak: where in the run the rate is highest, from 0 to 1. An epoch has the rate of its middle.
+    steps: how often it is stepped in a run, after each epoch or after each batch; each has the rate of its middle.
+    peak: where in the run the rate is highest, from 0 to 1.
     """
-    corners = [0, peak * epochs, epochs], [0, 1, 0]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(np.interp(epoch + 0.5, *corners)))
+    corners = [0, peak * steps, steps], [0, 1, 0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(np.interp(step + 0.5, *corners)))
 
 
 def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, float]:

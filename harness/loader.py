@@ -23,7 +23,8 @@ class Loader:
     `std`, of the channels of an image with values from 0 to 1, and come as `dtype`, channels-last.
 
     `flip` mirrors every second image and `crop` shifts each by up to so many pixels, as torchvision's
-    RandomHorizontalFlip() and RandomCrop(32, padding=crop) do; `cutout` greys a square of that side around a random
+    RandomHorizontalFlip() and RandomCrop(32, padding=crop) do; what comes in at the border is black, or with `reflect`
+    the image's mirror image; `cutout` greys a square of that side around a random
     pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). What an
     epoch draws depends on (seed, epoch) alone; `set_epoch` sets the epoch. With `flip` "alternating" an image is
     mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29 Seconds
@@ -47,6 +48,7 @@ class Loader:
         seed: int = 0,
         flip: bool | str = False,
         crop: int = 0,
+        reflect: bool = False,
         cutout: int = 0,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -57,6 +59,7 @@ class Loader:
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
         self.training, self.seed, self.epoch = training, seed, 0
         self.flip, self.crop, self.cutout, self.transform = flip, crop, cutout, transform
+        self.reflect = reflect
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
@@ -108,7 +111,7 @@ class Loader:
         # with a tensor goes byte by byte.
         images = self.images.permute(0, 2, 3, 1).flatten(1).index_select(0, order)
         if self.crop:
-            images = crop(images, rows, columns, self.crop)
+            images = crop(images, rows, columns, self.crop, self.reflect)
         if self.flip:
             images = flip(images, flips)
         if self.transform:
@@ -120,17 +123,30 @@ class Loader:
         return images, self.labels[order]
 
 
-def crop(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, padding: int) -> torch.Tensor:
-    """Return of each image, with `padding` black pixels around it, the 32x32 window with this top left corner.
+def crop(
+    images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, padding: int, reflect: bool = False
+) -> torch.Tensor:
+    """Return of each image, with `padding` pixels around it, the 32x32 window with this top left corner.
 
-    images: uint8 of shape (N, 3072), an image's bytes row by row; rows, columns: int64 of shape (N,).
+    images: uint8 of shape (N, 3072), an image's bytes row by row; rows, columns: int64 of shape (N,). The pixels
+    around the image are black, or with `reflect` its mirror image.
     """
     n, device, side = len(images), images.device, SIDE + 2 * padding
-    padded = F.pad(images.view(n, SIDE, ROW), (PIXEL * padding, PIXEL * padding, padding, padding))
+    if reflect:
+        lines = mirror_ends(images.view(n, SIDE, ROW), padding)
+        padded = mirror_ends(lines.unflatten(2, (SIDE, PIXEL)), padding, dim=2)
+    else:
+        padded = F.pad(images.view(n, SIDE, ROW), (PIXEL * padding, PIXEL * padding, padding, padding))
     lines = padded.flatten().unfold(0, ROW, PIXEL)  # any 32 pixels in a row of all images, a view
     corners = torch.arange(0, side * side * n, side * side, device=device) + side * rows + columns
     window = corners[:, None] + torch.arange(0, side * SIDE, side, device=device)  # where its lines begin
     return lines.index_select(0, window.flatten()).view(n, SIDE * ROW)
+
+
+def mirror_ends(images: torch.Tensor, padding: int, dim: int = 1) -> torch.Tensor:
+    """Return images, longer by `padding` mirrored pixels at both ends of a dimension; F.pad does not reflect uint8."""
+    first, last = images.narrow(dim, 1, padding), images.narrow(dim, -1 - padding, padding)
+    return torch.cat([first.flip(dim), images, last.flip(dim)], dim)
 
 
 def flip(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:

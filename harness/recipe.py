@@ -17,7 +17,7 @@ from harness.terminal import UserError
 LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
 IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
 DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # constants that a common flag replaces; its own value is compared
-AUGMENTATION = ("flip", "crop", "cutout", "transform")  # attributes of a Loader
+AUGMENTATION = ("flip", "crop", "reflect", "cutout", "transform")  # attributes of a Loader
 LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
 
 
@@ -40,7 +40,7 @@ def describe_recipe(
         "seed": args.seed,
         "holdout": args.holdout,
         "optimizer": describe_optimizer(train_step.optimizer, args.lr),
-        "scheduler": describe_scheduler(scheduler, args.epochs),
+        "scheduler": describe_scheduler(scheduler, args.epochs, len(train_loader) if train_step.scheduler else 1),
         "criterion": {"name": type(criterion).__name__, **settings(vars(criterion), {"training"})},
         "augmentation": {name: plain(getattr(train_loader, name)) for name in AUGMENTATION},
         "network": {"name": type(model).__name__, "arguments": plain(getattr(model, "arguments", {}))},
@@ -66,15 +66,18 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> dict:
     return {"name": type(optimizer).__name__, "groups": len(groups), **(groups[0] if len(groups) == 1 else several)}
 
 
-def describe_scheduler(scheduler: LRScheduler | None, epochs: int) -> dict:
-    """Return the scheduler's name and its settings, those of a LambdaLR as its factors by epoch."""
+def describe_scheduler(scheduler: LRScheduler | None, epochs: int, steps: int = 1) -> dict:
+    """Return the scheduler's name and its settings, those of a LambdaLR as its factors at the start of each epoch.
+
+    steps: how often it is stepped in an epoch.
+    """
     if not scheduler:
         return {"name": None}
     name = type(scheduler).__name__
     if isinstance(scheduler, LambdaLR):  # its state leaves the functions out
         return {
             "name": name,
-            "factors": [[round(float(f(epoch)), 9) for epoch in range(epochs)] for f in scheduler.lr_lambdas],
+            "factors": [[round(float(f(steps * epoch)), 9) for epoch in range(epochs)] for f in scheduler.lr_lambdas],
         }
     return {"name": name, **settings(scheduler.state_dict(), LEARNING_RATES)}
 

@@ -16,7 +16,8 @@ from harness.terminal import UserError, progress_bar
 class TrainStep:
     """One step of training: forward, backward, and the optimizer's update of the weights.
 
-    dtype: the precision that the images come in; float16 needs a gradient scaler.
+    dtype: the precision that the images come in; float16 needs a gradient scaler. scheduler: one that goes by steps
+    and is stepped after each; a scheduler that goes by epochs is stepped by the script.
 
     On CUDA the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed:
     launching the kernels of such small networks one by one takes a CPU several times as long as a GPU takes to run
@@ -25,8 +26,15 @@ class TrainStep:
 
     WARM_UP = 3  # steps before the first capture, in which the libraries set up what must not happen during one
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
-        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        scheduler: LRScheduler | None = None,
+    ):
+        self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
@@ -50,6 +58,8 @@ class TrainStep:
             loss, logits = self.forward_backward(images, labels, weight)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scheduler:
+            self.scheduler.step()
         return loss, logits
 
     def check_batch_size(self, batch_size: int, smallest_share: int) -> None:

@@ -39,6 +39,8 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("cifar10_r5.py", '"lr": rate, ', "", RECIPES, "r5"),
     ("cifar10_r5.py", '"momentum": SGD_MOMENTUM, ', "", RECIPES, "r5"),
     ("cifar10_r5.py", "SixViews(model) if args.tta", "model if args.tta", "test_scripts.py", "views"),
+    ("cifar10_r5.py", ", reflect=True", "", RECIPES, "r5"),
+    ("cifar10_r5.py", ", scheduler)  # stepped", ")  # stepped", RECIPES, "r5"),
     ("train_mobilenetv2.py", "crop=4", "crop=0", RECIPES, "mobilenet"),
     ("train_mobilenetv2.py", "train_step, scheduler)", "train_step)", RECIPES, "mobilenet"),
     # utils.py
@@ -50,7 +52,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("utils.py", "TEST_BATCH_SIZE, **common", "TEST_BATCH_SIZE, flip=flip, **common", RECIPES, "r4"),
     ("utils.py", "classes * labels + logits.argmax(1)", "classes * logits.argmax(1) + labels", RECIPES, "confusion"),
     ("utils.py", "confusion.sum(1)", "confusion.sum(0)", "test_scripts.py", "record or synthetic"),
-    ("utils.py", "epoch + 0.5", "epoch", RECIPES, "r4"),
+    ("utils.py", "step + 0.5", "step", RECIPES, "r4"),
     ("utils.py", "        data = data.hold_out()\n", "        pass\n", RECIPE, "holdout"),
     # loader
     ("harness/loader.py", "torch.randperm(n, generator=generator)", "torch.arange(n)", "test_data.py " + RECIPES, "anew"),
@@ -68,7 +70,10 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/loader.py", "self.labels[order]", "self.labels[order.sort().values]", "test_data.py", "keeps"),
     ("harness/loader.py", "min(math.ceil(n / batch_size), n // 2)", "n // batch_size", "test_data.py", "differ"),
     ("harness/loader.py", "WORLD_SIZE * len(share) / size", "1", "test_torchrun.py", "recipe_is"),
+    ("harness/loader.py", "images.narrow(dim, 1, padding)", "images.narrow(dim, 0, padding)", "test_data.py", "borders"),
     # training
+    ("harness/training.py", "            self.scheduler.step()\n", "            pass\n", RECIPES, "stepped"),
+    ("harness/operations.py", "weight[1:]", "weight", "test_muon.py", "operations"),
     ("harness/training.py", "        self.optimizer.zero_grad()\n", "", "test_scripts.py", "minute"),
     ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
     ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),

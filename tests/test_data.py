@@ -198,6 +198,17 @@ def test_flip_and_crop_alone(flip, crop):
             assert kept or (flip and mirrored) or crop
 
 
+def test_a_crop_has_black_or_mirrored_borders():
+    for reflect, mode in ((False, "constant"), (True, "reflect")):
+        loader = make_loader(256, batch_size=256, crop=2, reflect=reflect)
+        loader.images[:] = loader.images[0].clone()
+        padded = v2.functional.pad(loader.images[0], [2, 2, 2, 2], padding_mode=mode)
+        windows = [padded[:, y : y + 32, x : x + 32] for y, x in itertools.product(range(5), range(5))]
+        images, _ = next(iter(loader))
+        seen = {image.round().to(torch.uint8).numpy().tobytes() for image in images}
+        assert seen == {window.numpy().tobytes() for window in windows}
+
+
 def test_a_crop_that_is_no_number_is_refused():
     with pytest.raises(UserError, match="take crop=4"):
         make_loader(crop=True)

@@ -25,12 +25,12 @@ EVERY = {
     "batch_size": "BATCH_SIZE", "lr": "LR", "epochs": "EPOCHS", "seed": 0, "optimizer.lr_multiple": 1.0,
     "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
     "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
-    "augmentation.flip": True, "augmentation.crop": 4, "augmentation.transform": None,
+    "augmentation.flip": True, "augmentation.crop": 4, "augmentation.reflect": False, "augmentation.transform": None,
     "test.flip": False, "test.crop": 0, "test.cutout": 0, "test.training": False, "training": True,
     "scheduler.name": None, "groups": 1, "test.transform": None,
 }  # fmt: skip
-# The peak after a quarter of the epochs, in a line up and down again; an epoch has the rate of its middle.
-TRIANGLE = {"scheduler.name": "LambdaLR", "scheduler.peak": "PEAK"}
+# In a line up to the peak and down again; an epoch, or a batch, has the rate of its middle.
+TRIANGLE = {"scheduler.name": "LambdaLR", "scheduler.peak": "PEAK", "scheduler.every": "epoch"}
 SMOOTH = {"criterion.label_smoothing": "LABEL_SMOOTHING"}
 IMAGENET = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  # of CIFAR-10, as published
 TUTORIAL = {"constants.MEAN": [0.5] * 3, "constants.STD": [0.5] * 3}
@@ -38,7 +38,8 @@ OWN = {f"constants.{name.upper()}": values for name, values in IMAGENET.items()}
 RESNET = {"network.name": "ResNet18"}
 MUON = {
     "optimizer.name": "Muon", "groups": 3, "network.name": "WhitenedCNN", "whitened": True,
-    "augmentation.flip": "alternating", "augmentation.crop": "CROP",
+    "augmentation.flip": "alternating", "augmentation.crop": "CROP", "augmentation.reflect": True,
+    "scheduler.every": "batch",
     "optimizer.group0.parameters": 6, "optimizer.group1.parameters": 6, "optimizer.group2.parameters": 1,
     "optimizer.group0.lr_multiple": 1.0, "optimizer.group1.lr_multiple": "BIAS_RATE",
     "optimizer.group2.lr_multiple": "HEAD_RATE", "optimizer.group0.momentum": "MOMENTUM",
@@ -98,10 +99,12 @@ def hand_over(path):
             assert all(other == factors for other in others)
             epochs = recipe["epochs"]
             peak = recipe["constants"]["PEAK"] * epochs
-            middles = [epoch + 0.5 for epoch in range(epochs)]
+            by_batch = checkpoints.train_step.scheduler is checkpoints.scheduler
+            steps = len(train) if by_batch else 1  # of an epoch
+            middles = [epoch + 0.5 / steps for epoch in range(epochs)]
             triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]
             assert factors == pytest.approx(triangle, abs=1e-6)
-            recipe["scheduler"]["peak"] = recipe["constants"]["PEAK"]
+            recipe["scheduler"] |= {"peak": recipe["constants"]["PEAK"], "every": "batch" if by_batch else "epoch"}
         path.write_text(json.dumps(recipe))
         raise SystemExit(0)
 
@@ -171,6 +174,15 @@ def test_every_epoch_draws_anew(loaders):
     draws = [torch.cat(model.draws[i : i + 4]) for i in (0, 4, 8)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])  # the dropout
     assert all(model.modes)
+
+
+def test_a_scheduler_that_goes_by_steps_is_stepped_after_each_batch(loaders):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    scheduler = utils.triangular_schedule(optimizer, 2 * len(loaders[0]), 0)
+    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.float32, scheduler)
+    utils.train(step, loaders[0], 1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-9 * (1 - 4.5 / 8))
 
 
 def test_testing_is_in_evaluation_mode_and_changes_nothing(loaders):
