@@ -33,8 +33,8 @@ from predict import load_classifier
 
 own_settings = matplotlib.rc_context({"text.parse_math": False})  # a class's name may hold a $
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#f0e442")
+# Okabe and Ito's colours, which colour-blind readers can tell apart, but for a brown where their yellow is too pale.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c510a")
 
 
 def draw(folder: Path, logits: torch.Tensor, data: Data) -> None:
@@ -177,6 +177,7 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    ends = {axis: [] for axis in axes}
     for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
         accuracy = [row["test_accuracy"] for row in rows]
         costs = {axes[0]: np.cumsum([row["seconds"] for row in rows]) / 60}
@@ -185,11 +186,15 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
         for axis, cost in costs.items():
             axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
             axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
-            place = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-            label = f"{escape_unprintable(name)} {accuracy[-1]:.1f}"
-            axis.annotate(label, (cost[-1], accuracy[-1]), color=color, size=8, weight="bold", **place)
+            ends[axis].append((accuracy[-1], cost[-1], f"{escape_unprintable(name)} {accuracy[-1]:.1f}", color))
     for axis, what in zip(axes, ("minutes of training and testing", "operations of training, in PFLOP"), strict=True):
-        axis.set(xscale="log", xlabel=what, ylim=(50, 97))
+        below = []  # the labels so far
+        for accuracy, cost, label, color in sorted(ends[axis]):
+            near = [height + 1.6 for x, height in below if max(x, cost) < 8 * min(x, cost)]
+            height = max([accuracy + 0.7, *near])  # so that no label lies on another
+            below.append((cost, height))
+            axis.text(cost, height, label, color=color, size=8, weight="bold", ha="right", va="bottom")
+        axis.set(xscale="log", xlabel=what, ylim=(50, 100))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)

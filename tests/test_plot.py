@@ -1,5 +1,6 @@
 """plot.py: the pictures of runs."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,17 @@ def test_costs_add_up(monkeypatch):
     assert curves == [[[1, 3], [10]], [[0.25, 0.5]]]
     assert [text.get_text() for text in minutes.texts] == ["r1 65.0", "early 80.0"]
     assert [text.get_text() for text in operations.texts] == ["r1 65.0"]
+
+
+def test_no_label_of_the_costs_lies_on_another(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    logs = {
+        name: [{"test_accuracy": accuracy, "seconds": 60}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))
+    }
+    plot.costs(logs, {}, "costs")
+    heights = [text.get_position()[1] for text in drawn["costs"].axes[0].texts]
+    assert len(heights) == 3 and all(above - below >= 1.5 for below, above in itertools.pairwise(heights))
 
 
 def test_a_suffix_in_capitals(script, tmp_path, folders):
