@@ -232,8 +232,15 @@ def pages(machines: Machines) -> dict[Path, str]:
     tables = {
         ROOT / "README.md": {"results": results_table(ROWS, machines)},
         ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
+        ROOT / "docs/speed.md": {name: measured(name) for name in ("throughput", "compile")},
     }
     return {path: fill(path.read_text(), own) for path, own in tables.items()}
+
+
+def measured(name: str) -> str:
+    """Return what a benchmark has printed on each machine: its Markdown file in each folder of results/."""
+    texts = [path.read_text().strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
+    return "\n\n".join(texts) or "Not measured yet."
 
 
 def petaflop_of(record: dict) -> float | None:
@@ -255,8 +262,12 @@ def write_readme() -> None:
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
-        operations = {name: found for name in shown if (found := petaflop_of(first[name]))}
-        plot.costs({name: first[name]["epochs"] for name in shown}, operations, RESULTS / machine / "costs.png")
+        runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
+        operations = {
+            name: sum(map(petaflop_of, parts)) for name, parts in runs.items() if all(map(petaflop_of, parts))
+        }
+        logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
+        plot.costs(logs, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
             plot.seeds(several, RESULTS / machine / "seeds.png")

@@ -1,29 +1,65 @@
-"""The benchmark as a user runs it; what it measures has no place in a test."""
+"""The benchmarks as a user runs them; what they measure has no place in a test."""
 
-import re
 import subprocess
 import sys
 
+import utils
+
 import pytest
-from helpers import ROOT
+import torch
+from helpers import R5, ROOT
+
+from benchmarks.scripts import prepare
+from harness.data import load_data
+from models import WhitenedCNN
 
 pytestmark = pytest.mark.long
 
 
-def test_every_candidate_is_measured():
-    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), "--data", "synthetic", "--device", "cpu"]
-    command += ["--only", "r1-batch4", "start", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def benchmark(name, *flags):
+    """The output of `python -m benchmarks.NAME` with these flags on the synthetic images."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags, "--data", "synthetic", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"^(\S.*?) +(\S+) +([\d.]+)(?: s)? +(\d+) +0$", done.stdout, re.MULTILINE)
-    candidates = ["baseline", "ours", "ours-fp32", "limit"]
-    expected = [(title, name) for title in ("r1-batch4", "r1-batch4 evaluation") for name in candidates]
-    assert [line[:2] for line in lines] == [*expected, ("start of r2", "ours")]
-    assert all(float(rate) > 0 and int(memory) > 0 for *_, rate, memory in lines)
-    rates = {line[:2]: float(line[2]) for line in lines}
-    ratios = dict(re.findall(r"^ratio (.*) (\d+\.\d\d)$", done.stdout, re.MULTILINE))
-    assert len(ratios) == 5 and "r1-batch4 share" in ratios
-    for title in ("r1-batch4", "r1-batch4 evaluation"):
-        for other in ("baseline", "limit"):
-            ratio = rates[title, "ours"] / rates[title, other]
-            assert abs(float(ratios[f"{title.replace(' ', '-')} ours/{other}"]) / ratio - 1) < 0.05
+    return done.stdout
+
+
+def test_every_candidate_is_measured():
+    first, _, head, _, *rows = benchmark("throughput", "--only", "batch-size", "--rounds", "1").splitlines()
+    assert first.endswith("medians of 1 rounds.") and "synthetic" in first
+    names, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows))
+    training, testing = (dict(zip(names, row, strict=True)) for row in rows)
+    assert training["script"] == "`cifar10_r1.py --flip --batch-size 4`" == testing["script"].partition(",")[0]
+    assert (training["batch"], testing["batch"]) == ("4", "500") and training["precision"] == "fp32"
+    for row in (training, testing):
+        assert row["ours in fp32"] == row["MB, ours in fp32"] == ""  # which is what ours is
+        baseline, ours, limit = (float(row[name].replace(",", "")) for name in ("baseline", "ours", "limit"))
+        assert float(row["ours/baseline"]) == pytest.approx(ours / baseline, rel=0.05)
+        assert float(row["ours/limit"]) == pytest.approx(ours / limit, rel=0.05)
+        assert all(float(row[f"MB, {name}"].replace(",", "")) > 0 for name in ("baseline", "ours", "limit"))
+    assert 0 < float(training["share"]) < 1 and testing["share"] == ""
+
+
+def test_a_script_is_measured_as_it_trains(monkeypatch):
+    for name in ("load_data", "train", "test"):
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # put back what `prepare` replaces
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    data = load_data("synthetic")
+    script = prepare(f"{R5} --batch-size 500", data, torch.device("cpu"), "fp32")
+    loader, optimizer = script.train_loader, script.train_step.optimizer
+    assert len(loader.labels) == len(data.train_labels) and set(loader.batch_sizes) == {500}
+    assert (loader.training, loader.flip, loader.crop, loader.reflect) == (True, "alternating", 2, True)
+    assert isinstance(optimizer, utils.Muon) and script.train_step.scheduler and loader.dtype == torch.float32
+    assert script.criterion.label_smoothing == 0.2 and isinstance(script.model, WhitenedCNN)
+    assert not script.test_loader.training and len(script.test_loader.labels) == len(data.test_labels)
+
+
+def test_the_profile_names_what_takes_the_time():
+    assert "convolution" in benchmark("profile", "--only", "r1.py")
+
+
+@pytest.mark.parametrize("name", ["throughput", "profile"])
+def test_a_word_that_is_in_no_command_is_an_error(name):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--only", "r9"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "--only r9 is in none of cifar10_r1.py" in done.stderr

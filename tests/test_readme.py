@@ -11,7 +11,7 @@ pytestmark = pytest.mark.long
 README = (ROOT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
 ELSEWHERE = (  # what other tests run, or what takes the network or days
-    "python -m pytest", "python download.py", "python reproduce.py", "python benchmarks/", "python tests/",
+    "python -m pytest", "python download.py", "python reproduce.py", "python -m benchmarks.", "python tests/",
     "python plot.py results/",
 )  # fmt: skip
 

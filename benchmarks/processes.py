@@ -1,0 +1,46 @@
+"""Do two processes of one thread, as torchrun starts them, train faster on two CPU cores than one of two threads?
+
+python -m benchmarks.processes
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import plot
+from harness.terminal import CommandLine, run
+
+IMAGES = 10_000  # of the synthetic images' training
+PROCESSES = {  # how a script is started: threads, command
+    "1 process of 2 threads": ("2", [sys.executable]),
+    "2 processes of 1 thread": (
+        "1",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    ),
+}
+
+
+def images_per_second(script: str, threads: str, command: list[str]) -> float:
+    """Return the images per second of a script's second epoch on the synthetic images, with its testing and saving."""
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    with tempfile.TemporaryDirectory() as checkpoints:
+        flags = ["--data", "synthetic", "--device", "cpu", "--epochs", "2", "--checkpoints", checkpoints]
+        subprocess.run([*command, script, *flags], env=environment, stdout=subprocess.DEVNULL, check=True)
+        (log,) = Path(checkpoints).glob("*/log.csv")
+        return IMAGES / plot.read_log(log.parent)[1]["seconds"]
+
+
+def main() -> None:
+    CommandLine(__doc__).parse_args()
+    for script in ("cifar10_r1.py", "cifar10_r2.py"):
+        rounds = [[images_per_second(script, *how) for how in PROCESSES.values()] for _ in range(3)]
+        rates = [sorted(column)[1] for column in zip(*rounds, strict=True)]  # the medians
+        for how, rate in zip(PROCESSES, rates, strict=True):
+            print(f"{script:15}{how:25}{rate:10.0f} images/s", flush=True)
+        print(f"{script:15}2 processes / 1 process  {rates[1] / rates[0]:10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

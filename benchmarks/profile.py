@@ -1,0 +1,43 @@
+"""Where the time of a training step goes: the operations that take most of it.
+
+python -m benchmarks.profile
+python -m benchmarks.profile --only r4 mobilenet   # the scripts whose command has one of these in it
+"""
+
+import itertools
+
+import torch
+
+from benchmarks.scripts import BenchmarkLine, first_images, prepare
+from harness.data import Data
+from harness.terminal import run
+
+
+def profile(command: str, data: Data, device: torch.device) -> None:
+    """Print the operations that take most of a step, with their milliseconds and their share."""
+    script = prepare(command, first_images(data, command, device), device)
+    script.train_step.model.train()
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # A CPU's profile is distorted by the memory that the profiler takes at each step.
+    steps = min(50, len(script.train_loader)) if device.type == "cuda" else 1
+    profiles = []
+    for _ in range(20):
+        with torch.profiler.profile() as profiler:
+            for images, labels in itertools.islice(script.train_loader, steps):
+                script.train_step(images, labels)
+        profiles.append({event.key: getattr(event, key) / 1000 / steps for event in profiler.key_averages()})
+    shortest = min(profiles, key=lambda times: sum(times.values()))
+    total = sum(shortest.values())
+    print(f"{command}, {total:.2f} ms a step of {max(script.train_loader.batch_sizes)} images")
+    for event, milliseconds in sorted(shortest.items(), key=lambda item: -item[1])[:8]:
+        print(f"{milliseconds:10.2f}{milliseconds / total:7.1%}  {event:.90}", flush=True)
+
+
+def main() -> None:
+    _, commands, data, device = BenchmarkLine(__doc__).parse()
+    for command in commands:
+        profile(command, data, device)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""What the benchmarks share: their command line, and what a script trains and tests with, from the script itself."""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from typing import NamedTuple
+
+import utils
+
+import torch
+from torch import nn
+
+from harness.data import Data, load_data
+from harness.devices import choose_device
+from harness.loader import Loader
+from harness.terminal import CommandLine, UserError
+from harness.training import TrainStep
+
+IMAGES = {  # of a round of training on a CPU, some seconds of it; a GPU takes GPU times as many
+    "cifar10_r1.py --flip --batch-size 4": 4_000,
+    "cifar10_r1.py --flip": 25_600,
+    "cifar10_r2.py --crop": 2_560,
+    "cifar10_r4.py": 2_560,
+    "cifar10_r4.py --stem cifar": 1_024,
+    "cifar10_r4.py --stem cifar-nopool": 512,
+    "cifar10_r5.py": 4_000,
+    "train_mobilenetv2.py": 768,
+}  # fmt: skip
+GPU = 20
+
+
+class BenchmarkLine(CommandLine):
+    """The command line of a benchmark: --data, --device and --only, and what the benchmark adds."""
+
+    def __init__(self, description: str):
+        super().__init__(description)
+        self.add_data("as for the scripts (default: data)")
+        self.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
+        self.add_argument(
+            "--only", nargs="+", default=[""], metavar="WORD", help="only scripts whose command has one of these in it"
+        )
+
+    def parse(self) -> tuple[argparse.Namespace, list[str], Data, torch.device]:
+        """Return the flags, the commands that are chosen, the dataset and the device. Raise UserError without any."""
+        args = self.parse_args()
+        commands = [command for command in IMAGES if any(word in command for word in args.only)]
+        if not commands:
+            raise UserError(f"--only {' '.join(args.only)} is in none of {'; '.join(IMAGES)}")
+        return args, commands, load_data(args.data), choose_device(args.device)
+
+
+def first_images(data: Data, command: str, device: torch.device, training: bool = True) -> Data:
+    """Return the dataset with as many images as a round of that script takes; testing takes twice as many."""
+    images = IMAGES[command] * (GPU if device.type == "cuda" else 1) * (1 if training else 2)
+    return data._replace(
+        train_images=data.train_images[:images],
+        train_labels=data.train_labels[:images],
+        test_images=data.test_images[:images],
+        test_labels=data.test_labels[:images],
+    )
+
+
+class Prepared(NamedTuple):
+    """What a script hands over to `utils.train` and to `utils.test`."""
+
+    train_step: TrainStep
+    train_loader: Loader
+    model: nn.Module
+    test_loader: Loader
+    criterion: nn.Module
+
+
+class FirstEpoch(Exception):
+    """Raised in the place of a script's first epoch."""
+
+
+def prepare(command: str, data: Data, device: torch.device, precision: str | None = None) -> Prepared:
+    """Run a script on these data up to its first epoch; return what it would train and test with.
+
+    precision: of --precision, the script's own if None. The script's functions of utils are replaced in this process.
+    """
+    handed_over = []
+
+    def train(train_step, train_loader, epoch):
+        handed_over.extend([train_step, train_loader])
+        return 0.0, 0.0
+
+    def test(model, test_loader, criterion, epoch):
+        handed_over.extend([model, test_loader, criterion])
+        raise FirstEpoch
+
+    utils.load_data, utils.train, utils.test = lambda name: data, train, test
+    script, *flags = command.split()
+    with tempfile.TemporaryDirectory() as checkpoints:
+        sys.argv = [script, *flags, "--device", str(device), "--checkpoints", checkpoints]
+        sys.argv += ["--precision", precision] if precision else []
+        try:
+            importlib.import_module(script.removesuffix(".py")).main()
+        except FirstEpoch:
+            return Prepared(*handed_over)
