@@ -263,9 +263,8 @@ def write_readme() -> None:
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
         runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
-        operations = {
-            name: sum(map(petaflop_of, parts)) for name, parts in runs.items() if all(map(petaflop_of, parts))
-        }
+        operations = {name: [petaflop_of(part) for part in parts] for name, parts in runs.items()}
+        operations = {name: sum(found) for name, found in operations.items() if all(found)}
         logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
         plot.costs(logs, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}

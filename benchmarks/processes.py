@@ -4,6 +4,7 @@ python -m benchmarks.processes
 """
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def main() -> None:
     CommandLine(__doc__).parse_args()
     for script in ("cifar10_r1.py", "cifar10_r2.py"):
         rounds = [[images_per_second(script, *how) for how in PROCESSES.values()] for _ in range(3)]
-        rates = [sorted(column)[1] for column in zip(*rounds, strict=True)]  # the medians
+        rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
         for how, rate in zip(PROCESSES, rates, strict=True):
             print(f"{script:15}{how:25}{rate:10.0f} images/s", flush=True)
         print(f"{script:15}2 processes / 1 process  {rates[1] / rates[0]:10.2f}", flush=True)

@@ -26,7 +26,7 @@ IMAGES = {  # of a round of training on a CPU, some seconds of it; a GPU takes G
     "cifar10_r4.py --stem cifar-nopool": 512,
     "cifar10_r5.py": 4_000,
     "train_mobilenetv2.py": 768,
-}  # fmt: skip
+}
 GPU = 20
 
 

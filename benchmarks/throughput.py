@@ -156,13 +156,12 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
     if candidate == "baseline":
         utils.keep_freed_memory = lambda: None
     script = prepare(command, data, device, "fp32" if candidate in ("baseline", "ours in fp32") else None)
-    run_round = {
-        "baseline": lambda: baseline(script, data, training),
-        "ours": lambda: ours(script, training),
-        "ours in fp32": lambda: ours(script, training),
-        "limit": lambda: limit(script, training),
-        "compiled": lambda: limit(script, training, compiled=True),
-    }[candidate]()
+    if candidate == "baseline":
+        run_round = baseline(script, data, training)
+    elif candidate in ("limit", "compiled"):
+        run_round = limit(script, training, compiled=candidate == "compiled")
+    else:
+        run_round = ours(script, training)
     run_round()  # warms up
     loader = script.train_loader if training else script.test_loader
     precision, batch_size = devices.name_precision(script.train_loader.dtype), max(loader.batch_sizes)
@@ -244,11 +243,14 @@ def main() -> None:
     for command in commands:
         for kind in ("training",) if args.compile else ("training", "testing"):
             about, rates, memory = measure(command, kind == "training", candidates, data, device, args.rounds)
-            share = rates[ratios[0][0]] * about.operations / most_operations(device, about.precision)
+            share = ""
+            if kind == "training":
+                done = rates[ratios[0][0]] * about.operations
+                share = f"{done / most_operations(device, about.precision):.2f}"
             cells = [f"`{command}`" + ("" if kind == "training" else ", testing"), about.batch_size, about.precision]
             cells += [f"{rates[candidate]:,.0f}" if candidate in rates else "" for candidate in candidates]
             cells += [f"{rates[one] / rates[other]:.2f}" for one, other in ratios]
-            cells += [f"{share:.2f}" if kind == "training" else ""]
+            cells.append(share)
             cells += [f"{memory[candidate]:,.0f}" if candidate in memory else "" for candidate in candidates]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 

@@ -24,12 +24,12 @@ class Loader:
 
     `flip` mirrors every second image and `crop` shifts each by up to so many pixels, as torchvision's
     RandomHorizontalFlip() and RandomCrop(32, padding=crop) do; what comes in at the border is black, or with `reflect`
-    the image's mirror image; `cutout` greys a square of that side around a random
-    pixel (DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). What an
-    epoch draws depends on (seed, epoch) alone; `set_epoch` sets the epoch. With `flip` "alternating" an image is
-    mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29 Seconds
-    on a Single GPU", 2024). `transform`, of torchvision.transforms.v2, comes after flip and crop and draws from
-    PyTorch's global generator, which `utils.train` seeds for each epoch.
+    the image's mirror image; `cutout` greys a square of that side around a random pixel (DeVries and Taylor, "Improved
+    Regularization of Convolutional Neural Networks with Cutout", 2017). What an epoch draws depends on (seed, epoch)
+    alone; `set_epoch` sets the epoch. With `flip` "alternating" an image is mirrored in every second epoch, so that two
+    epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024). `transform`, of
+    torchvision.transforms.v2, comes after flip and crop and draws from PyTorch's global generator, which `utils.train`
+    seeds for each epoch.
 
     Raises UserError if there are more processes than images to share, or if `crop` is True.
     """
@@ -58,8 +58,7 @@ class Loader:
         self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
         self.training, self.seed, self.epoch = training, seed, 0
-        self.flip, self.crop, self.cutout, self.transform = flip, crop, cutout, transform
-        self.reflect = reflect
+        self.flip, self.crop, self.reflect, self.cutout, self.transform = flip, crop, reflect, cutout, transform
         # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
