@@ -2,8 +2,8 @@
 
 python cifar10_r1.py
 python cifar10_r1.py --flip
-python cifar10_r1.py --data synthetic      # no CIFAR-10 at hand? the built-in images
-python cifar10_r1.py --flip --resume       # go on after an interruption
+python cifar10_r1.py --data synthetic      # without CIFAR-10, on the built-in images
+python cifar10_r1.py --flip --resume       # resume after an interruption
 python cifar10_r1.py --flip --evaluate     # only test
 """
 
@@ -15,17 +15,17 @@ from torch import nn
 from models import TutorialCNN
 
 EPOCHS = 26
-BATCH_SIZE = 64  # the tutorial's 4 costs three times the time an epoch, and its accuracy is noisier
-LR = 0.008  # constant; the tutorial's 0.001 is for its small batch
-MOMENTUM = 0.9  # the tutorial's; Nesterov's form of it oscillates less at a constant rate, worth 1.5 %
-WEIGHT_DECAY = 1e-3  # the tutorial has none; worth 0.5 %
-PRECISION = "fp32"  # so small a network is no faster in bf16
+BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes three times as long and the accuracy is noisier
+LR = 0.008  # constant. The tutorial's 0.001 is for its small batch
+MOMENTUM = 0.9  # the tutorial's. Nesterov's form oscillates less at a constant rate, which is worth 1.5 %
+WEIGHT_DECAY = 1e-3  # worth 0.5 %. The tutorial has none
+PRECISION = "fp32"  # a network this small is no faster in bf16
 MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
 
 
 def main():
     parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR, precision=PRECISION)
-    parser.add_argument("--flip", action="store_true", help="flip every second training image, at random")
+    parser.add_argument("--flip", action="store_true", help="mirror a random half of the training images in each epoch")
     args = parser.parse_args()
 
     device = utils.set_up(args)

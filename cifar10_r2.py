@@ -2,7 +2,7 @@
 
 python cifar10_r2.py
 python cifar10_r2.py --crop
-python cifar10_r2.py --crop --resume       # go on after an interruption
+python cifar10_r2.py --crop --resume       # resume after an interruption
 python cifar10_r2.py --crop --evaluate     # only test
 """
 
@@ -13,16 +13,16 @@ from torch import nn
 
 from models import ResNet18
 
-EPOCHS = {"flip": 15, "crop": 46}  # without crops it has learnt the images by heart sooner
-BATCH_SIZE = 64  # in smaller batches batch-norm is noisier, and the network overfits less
-LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends about a percent lower in as many epochs
+EPOCHS = {"flip": 15, "crop": 46}  # without crops it overfits sooner
+BATCH_SIZE = 64  # smaller batches make batch-norm noisier, so the network overfits less
+LR = 4e-4  # constant, for AdamW. SGD at a constant rate ends about one percent lower after as many epochs
 WEIGHT_DECAY = 0.05
 MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
 
 
 def main():
     parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
-    parser.add_argument("--crop", action="store_true", help="shift each training image by up to 4 pixels, at random")
+    parser.add_argument("--crop", action="store_true", help="shift each training image randomly by up to 4 pixels")
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS["crop" if args.crop else "flip"]
 

@@ -1,6 +1,6 @@
-"""CIFAR-10, round 3: round 2's training goes on, with the images normalised by the dataset's own mean and std.
+"""CIFAR-10, round 3: round 2's training continues, with images normalised by the dataset's own mean and std.
 
-python cifar10_r3.py --resume       # from cifar10_r2.py --crop the first time, from its own last epoch after that
+python cifar10_r3.py --resume       # first from cifar10_r2.py --crop, later from its own last epoch
 python cifar10_r3.py --evaluate     # only test
 """
 
@@ -12,12 +12,12 @@ from torch import nn
 from models import ResNet18
 
 BASE = ("cifar10_r2-crop", "python cifar10_r2.py --crop")  # the run that this one continues, and its command
-EPOCHS = 60  # counted from the start of round 2, whose last they follow
-BATCH_SIZE = 64  # in smaller batches batch-norm is noisier, and the network overfits less
-LR = 4e-4  # constant, for AdamW: SGD at a constant rate ends about a percent lower in as many epochs
+EPOCHS = 60  # counted from the start of round 2, after whose last epoch this run begins
+BATCH_SIZE = 64  # smaller batches make batch-norm noisier, so the network overfits less
+LR = 4e-4  # constant, for AdamW. SGD at a constant rate ends about one percent lower after as many epochs
 WEIGHT_DECAY = 0.05
-MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
 
 
 def main():

@@ -1,9 +1,9 @@
-"""CIFAR-10, round 4: from scratch with a learning-rate schedule, then with a stem that fits images of 32x32.
+"""CIFAR-10, round 4: from scratch with a learning-rate schedule, then with a stem that fits 32x32 images.
 
 python cifar10_r4.py
-python cifar10_r4.py --stem cifar            # a first layer of 3x3 and stride 1 instead of 7x7 and stride 2
-python cifar10_r4.py --stem cifar-nopool     # and no max-pool after it: four times the computation
-python cifar10_r4.py --stem cifar --resume   # go on after an interruption
+python cifar10_r4.py --stem cifar            # a 3x3 first layer with stride 1 instead of 7x7 with stride 2
+python cifar10_r4.py --stem cifar-nopool     # also without the max-pool, at four times the computation
+python cifar10_r4.py --stem cifar --resume   # resume after an interruption
 python cifar10_r4.py --stem cifar --evaluate # only test
 """
 
@@ -14,16 +14,16 @@ from torch import nn
 
 from models import ResNet18
 
-EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # the last guessed from shorter trials
+EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # cifar-nopool's is guessed from shorter trials
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
-PEAK = 0.25  # where in the run that is
+PEAK = 0.25  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4  # with SGD and Nesterov momentum the usual ones for a ResNet on CIFAR-10
+WEIGHT_DECAY = 5e-4  # with SGD and Nesterov momentum, the usual choice for a ResNet on CIFAR-10
 LABEL_SMOOTHING = 0.1
-CUTOUT = 8  # pixels; with label smoothing, against learning the training images by heart
-MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+CUTOUT = 8  # pixels; with label smoothing, it reduces overfitting
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
 
 
 def main():

@@ -1,8 +1,8 @@
-"""CIFAR-10, round 5: towards 94 % in minutes on a laptop's CPU, by a network and an optimizer that need few epochs.
+"""CIFAR-10, round 5: towards 94 % in minutes on a laptop's CPU, with a network and an optimizer that need few epochs.
 
 python cifar10_r5.py
-python cifar10_r5.py --tta        # fewer epochs, and six views of each test image, as the speed records count
-python cifar10_r5.py --resume     # go on after an interruption
+python cifar10_r5.py --tta        # fewer epochs, and six views of each test image, as in the speed records
+python cifar10_r5.py --resume     # resume after an interruption
 python cifar10_r5.py --evaluate   # only test
 """
 
@@ -15,16 +15,16 @@ from models import SixViews, WhitenedCNN
 
 EPOCHS = {"plain": 11, "tta": 8}
 BATCH_SIZE = 2000
-LR = 0.24  # of the convolutions; their steps all have one size
+LR = 0.24  # of the convolutions, whose steps all have the same size
 MOMENTUM = 0.6
-BIAS_RATE, HEAD_RATE = 440, 5600  # times LR: plain SGD, and logits are divided by 256
+BIAS_RATE, HEAD_RATE = 440, 5600  # times LR, because these take plain SGD and the logits are divided by 256
 SGD_MOMENTUM = 0.85
-DECAY = 0.004  # by how much of themselves biases and head shrink in a step at the peak
-PEAK = 0  # where in the run the rates are highest: at its start
+DECAY = 0.004  # the fraction by which biases and head shrink in a step at the peak
+PEAK = 0  # where in the run the peak is: at its start
 LABEL_SMOOTHING = 0.2
 CROP = 2  # pixels
-MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Downloads CIFAR-10, checks it and unpacks it, without training: for a machine that has a network, say a login node.
+"""Download, check and unpack CIFAR-10 without training, on a machine that has a network, say a login node.
 
 python download.py               # into the folder data
 python download.py --data DIR

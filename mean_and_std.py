@@ -1,7 +1,7 @@
-"""Where the mean and the std that images are normalised with come from.
+"""Compute the mean and the std that images are normalised with.
 
 python mean_and_std.py                        # of CIFAR-10's training images, in the folder data
-python mean_and_std.py --plot histograms.png  # and a picture of what the normalisation does
+python mean_and_std.py --plot histograms.png  # and draw the pixels before and after normalisation
 """
 
 from pathlib import Path
@@ -25,9 +25,9 @@ WANTED = "samples (image, label), or all images as one tensor of shape (N, C, H,
 
 
 class Statistics(NamedTuple):
-    """Of the channels of a dataset whose values go from 0 to 1; three float64 tensors of shape (channels,).
+    """Statistics of a dataset's channels, for values from 0 to 1: three float64 tensors of shape (channels,).
 
-    mean: the mean over images of each image's own mean; std: the mean over images of each image's own std (n - 1);
+    mean: each image's own mean, averaged over images. std: each image's own std (n - 1), averaged over images.
     pixel_std: the std over all pixels of all images.
     """
 
@@ -37,7 +37,7 @@ class Statistics(NamedTuple):
 
 
 def get_mean_and_std(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean over images of each image's mean, and of each image's std (n - 1), float32 of shape (channels,).
+    """Return each image's mean and std (n - 1), averaged over images: float32 of shape (channels,).
 
     See `get_statistics` for what `dataset` may be.
     """
@@ -46,21 +46,21 @@ def get_mean_and_std(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def get_statistics(dataset: Dataset | torch.Tensor) -> Statistics:
-    """Return the Statistics of a dataset, in one pass over it, accumulated in float64.
+    """Return the Statistics of a dataset in one pass, accumulated in float64.
 
     dataset: a map-style dataset of (image, label), or images alone as one tensor of shape (N, C, H, W). An image is a
-    PIL image in grey or colours, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W); sizes may
-    differ. There are up to 4 channels. Values of 8 or 16 bits are divided by the largest one of the type, floats are
-    taken as they are.
+    PIL image in grey or colours, an array of shape (H, W) or (H, W, C), or a tensor of shape (C, H, W). Sizes may
+    differ. There are up to 4 channels. Values of 8 or 16 bits are divided by the largest value of their type, and
+    floats are taken as they are.
 
-    Raises UserError, which names the first such image, if one is something else, has other channels than those before,
-    has a single pixel and so no std, or holds a value that is not finite, and if there is no image.
+    Raises UserError if there is no image, or if an image is something else, has other channels than the images before
+    it, has a single pixel and so no std, or holds a value that is not finite. The error names the first such image.
     """
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not indexed or isinstance(dataset, dict | IterableDataset):
-        raise UserError(f"a {type(dataset).__name__} cannot be indexed from 0; pass a map-style dataset, {WANTED}")
+        raise UserError(f"a {type(dataset).__name__} cannot be indexed from 0; pass a map-style dataset of {WANTED}")
     if isinstance(dataset, torch.Tensor | np.ndarray) and (isinstance(dataset, np.ndarray) or dataset.dim() != 4):
-        raise UserError(f"a {type(dataset).__name__} of shape {tuple(dataset.shape)} is no dataset; pass {WANTED}")
+        raise UserError(f"a {type(dataset).__name__} of shape {tuple(dataset.shape)} is not a dataset; pass {WANTED}")
     if len(dataset) == 0:
         raise UserError("the dataset is empty; mean and std need an image or more")
     if isinstance(dataset, torch.Tensor) and dataset.dtype == torch.uint8 and dataset[0].numel():
@@ -73,7 +73,7 @@ def get_statistics(dataset: Dataset | torch.Tensor) -> Statistics:
     if (pixels == 1).any():
         single = (pixels == 1).flatten().nonzero()[0].item()
         raise UserError(f"image {single} has a single pixel, and so no std; take it out")
-    deviation = means - (pixels * means).sum(0) / pixels.sum()  # of each image's mean from that over all pixels
+    deviation = means - (pixels * means).sum(0) / pixels.sum()  # of each image's mean from the mean over all pixels
     pixel_std = ((squares + pixels * deviation**2).sum(0) / pixels.sum()).sqrt()
     return Statistics(mean, (squares / (pixels - 1)).sqrt().mean(0), pixel_std)
 
@@ -93,7 +93,7 @@ def moments_of_uint8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the number of pixels of each image, int64 of shape (N,), and its moments as above."""
+    """Return each image's number of pixels, int64 of shape (N,), then its moments as `moments_of_uint8` does."""
     pixels, means, squares = [], [], []
     for i in progress_bar(range(len(dataset)), desc="mean and std", leave=False):
         image = dataset[i] if isinstance(dataset, torch.Tensor) else image_of(i, dataset[i])
@@ -101,7 +101,7 @@ def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, to
         check_image(i, image)
         image = to_dtype(image, torch.double, scale=True).flatten(1)
         if means and len(image) != len(means[0]):
-            raise UserError(f"image {i} has {len(image)} channels, those before have {len(means[0])}")
+            raise UserError(f"image {i} has {len(image)} channels, the images before it have {len(means[0])}")
         if not image.isfinite().all():
             raise UserError(f"image {i} holds a value that is not finite; repair it or take it out")
         means.append(image.mean(1))
@@ -116,12 +116,12 @@ def image_of(i: int, sample: object) -> object:
     if isinstance(sample, torch.Tensor | np.ndarray) or not isinstance(image, Image.Image | torch.Tensor | np.ndarray):
         raise UserError(f"sample {i} is a {type(sample).__name__}, not (image, label); pass {WANTED}")
     if isinstance(image, Image.Image) and image.mode == "P":
-        raise UserError(f"image {i} has a palette, whose numbers are no colours; convert it to RGB")
+        raise UserError(f"image {i} has a palette, whose numbers are not colours; convert it to RGB")
     return image
 
 
 def check_image(i: int, image: torch.Tensor) -> None:
-    """Raise UserError if this is no image of shape (C, H, W) with values whose range the type tells."""
+    """Raise UserError if this is no image of shape (C, H, W), or if its type does not tell the range of its values."""
     if image.dim() != 3 or len(image) > 4:
         shape = tuple(image.shape)
         raise UserError(f"image {i} has the shape {shape}, not (C, H, W) with up to 4 channels; pass {WANTED}")
@@ -146,7 +146,7 @@ def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path
             (axes[1], (value - m) / s, (0, 1)),
         ):
             axis.plot(x, share, line, color=color, linewidth=1.2, label=f"{name}: mean {m:.4f}, std {s:.4f}")
-            height = -0.03 - 0.03 * channel  # below the axis, a line a channel: the mean and one std to both sides
+            height = -0.03 - 0.03 * channel  # below the axis, one line per channel: the mean and one std to both sides
             axis.errorbar(centre, height, xerr=width, fmt="o", color=color, markersize=4, capsize=3)
     axes[0].set(xlabel="value of the pixel", ylabel="share of the pixels, in percent", title="before: from 0 to 1")
     axes[0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -181,10 +181,8 @@ def main() -> None:
     ):
         print(f"{name:4} {' '.join(f'{value:.8f}' for value in values)}  {what}")
     print()
-    print(
-        "cifar10_r3.py and what follows take the first std, the one that most CIFAR-10 code has, so that figures can be"
-    )
-    print("compared. Only with the second do the normalised pixels have a std of 1; a network trains with either.")
+    print("cifar10_r3.py and the later scripts use the first std, as most CIFAR-10 code does, so that figures can be")
+    print("compared. Only with the second do the normalised pixels have a std of 1. A network trains with either.")
     if args.plot:
         histograms(data.train_images, statistics.mean, statistics.std, args.plot)
         print(f"the histograms are in {args.plot}")

@@ -1,8 +1,8 @@
-"""Pictures of training runs; each training script draws those of its own run at its end.
+"""Draw pictures of training runs. A training script draws the pictures of its own run at its end.
 
 python plot.py checkpoints/cifar10_r3                              # curves, confusion and mistakes, into its folder
 python plot.py checkpoints/cifar10_r1 checkpoints/cifar10_r1-flip  # the curves of several runs, into comparison.png
-python plot.py results/mine                                        # each seed's accuracy, of reproduce.py's records
+python plot.py results/mine                                        # each seed's accuracy, from reproduce.py's records
 """
 
 import argparse
@@ -33,7 +33,7 @@ from predict import load_classifier
 
 own_settings = matplotlib.rc_context({"text.parse_math": False})  # a class's name may hold a $
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, but for a brown where their yellow is too pale.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. A brown replaces their yellow, which is too pale.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c510a")
 
 
@@ -52,7 +52,7 @@ def draw(folder: Path, logits: torch.Tensor, data: Data) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of a run's log.csv, each by the column's name. Raise UserError if it is missing or no log."""
+    """Return the rows of a run's log.csv as dicts by column name. Raise UserError if it is missing or not a log."""
     try:
         with open(folder / "log.csv", newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -60,13 +60,13 @@ def read_log(folder: Path) -> list[dict[str, float]]:
             return rows
     except FileNotFoundError:
         raise UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
-    except (ValueError, TypeError, csv.Error):  # no number, too few or too many of them, or a huge one
+    except (ValueError, TypeError, csv.Error):  # a value is huge or no number, or there are too few or too many
         pass
-    raise UserError(f"{folder / 'log.csv'} is no log of a run; --resume writes it anew")
+    raise UserError(f"{folder / 'log.csv'} is not the log of a run; --resume rewrites it")
 
 
 def read_accuracies(folder: Path) -> dict[str, list[float]]:
-    """Return the accuracies of a folder's records, by row; none if the folder has none. Raise UserError."""
+    """Return the accuracies of a folder's records by row, empty without records. Raise UserError if one is damaged."""
     accuracies = {}
     for path in sorted(folder.glob("*-seed*.json")):
         try:
@@ -109,16 +109,16 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 @own_settings
 def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path) -> None:
-    """Draw a `utils.confusion_matrix`, in percent of each row; the diagonal has the accuracy of each class."""
+    """Draw a `utils.confusion_matrix` in percent of each row. The diagonal holds the accuracy of each class."""
     percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
     mistaken = np.ma.masked_array(percent, mask=np.eye(len(classes), dtype=bool))
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(mistaken, cmap="Oranges", vmin=0, vmax=max(mistaken.max(), 1))  # which would drown in the diagonal's
+    axis.imshow(mistaken, cmap="Oranges", vmin=0, vmax=max(mistaken.max(), 1))  # the diagonal would hide these
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
-    axis.set(xlabel="taken for", ylabel="true class", title=f"{network}\npercent of each class's images")
+    axis.set(xlabel="predicted as", ylabel="true class", title=f"{network}\npercent of each class's images")
     for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
         if i == j:
             axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
@@ -132,7 +132,7 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
 def mistakes(
     images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, classes: list[str], network: str, path: Path
 ) -> None:
-    """Draw up to 20 images, of uint8 (N, 3, 32, 32), that are predicted as the wrong class most confidently."""
+    """Draw the 20 most confident mistakes, or fewer. images: uint8 of shape (N, 3, 32, 32)."""
     confidence, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
@@ -151,11 +151,11 @@ def mistakes(
 
 @own_settings
 def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
-    """Draw the accuracy, in percent, of each run as a dot, by row, with the mean and its 95 % confidence interval."""
+    """Draw each run's accuracy in percent as a dot, by row, with the mean and its 95 % confidence interval."""
     figure = Figure(figsize=(8, 0.9 + 0.6 * len(accuracies)), layout="constrained")
     axis = figure.subplots()
     for line, (values, color) in enumerate(zip(accuracies.values(), cycle(COLORS), strict=False)):
-        heights = [line + 0.12 * (i % 5 - 2) for i in range(len(values))]  # apart, so that equal ones are seen
+        heights = [line + 0.12 * (i % 5 - 2) for i in range(len(values))]  # spread out, so that equal values are seen
         axis.plot(values, heights, "o", color=color, alpha=0.5, markersize=4)
         mean = sum(values) / len(values)
         low, high = interval(values) if len(values) > 1 else (mean, mean)
@@ -171,9 +171,9 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
 
 @own_settings
 def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], path: Path) -> None:
-    """Draw the test accuracy in percent by the minutes and the operations that a run has taken so far.
+    """Draw the test accuracy in percent over the minutes and over the operations that a run has taken so far.
 
-    logs: the rows of each run's log, by the run's name. petaflop: all operations of a run, in 10^15, where known.
+    logs: the rows of each run's log, by the run's name. petaflop: all operations of a run, in 10^15, if known.
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -209,17 +209,17 @@ def save(figure: Figure, path: Path) -> None:
         warnings.simplefilter("ignore")  # a class's name may have letters that the font lacks
         try:
             figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".").lower())
-        except Exception as error:  # .pgf wants LaTeX, say
+        except Exception as error:  # .pgf needs LaTeX, for example
             reason = " ".join(str(error).split()[:20])
-            raise UserError(f"{path} cannot be drawn ({reason}); take another suffix, such as .png") from None
+            raise UserError(f"{path} cannot be drawn ({reason}); use another suffix, such as .png") from None
     write_atomically(path, content.getbuffer())
 
 
 def picture(name: str) -> Path:
-    """Return the path of a picture that a command line asks for."""
+    """Return the path of a picture named on a command line."""
     path = nonempty_path(name)
     if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.filetypes:
-        raise argparse.ArgumentTypeError(f"{name!r} has no suffix of a picture, such as .png or .svg")
+        raise argparse.ArgumentTypeError(f"{name!r} has no picture suffix, such as .png or .svg")
     return path
 
 
@@ -234,7 +234,7 @@ def main() -> None:
 
     if len(args.runs) > 1:
         if len(args.runs) > len(COLORS):
-            parser.error(f"{len(args.runs)} runs are more than there are colours, {len(COLORS)}")
+            parser.error(f"{len(args.runs)} runs are too many, there are {len(COLORS)} colours")
         names = [run.resolve().name for run in args.runs]
         if len(set(names)) < len(names):
             names = [*map(str, args.runs)]
@@ -243,13 +243,13 @@ def main() -> None:
         print(f"the curves are in {output}")
         return
     if args.output:
-        parser.error("--output is for several runs; the pictures of one go into its folder")
+        parser.error("--output is for several runs; the pictures of a single run go into its folder")
     (folder,) = args.runs
     if accuracies := read_accuracies(folder):
         seeds(accuracies, folder / "seeds.png")
         print(f"each seed's accuracy is drawn in {folder / 'seeds.png'}")
         return
-    read_log(folder)  # whatever is missing is said before the data is read
+    read_log(folder)  # report what is missing before the data is read
     device = choose_device(args.device)
     classifier = load_classifier(folder / "last.pt", device)
     if classifier.data == "class folders" and not Path(args.data).exists():
@@ -257,11 +257,11 @@ def main() -> None:
     data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
     recipe = read_checkpoint(folder / "last.pt").get("recipe")
     if not recipe:
-        raise UserError(f"{folder / 'last.pt'} is for inference and does not name its data; plot.py takes a run's own")
+        raise UserError(f"{folder / 'last.pt'} is for inference and does not name its data; plot.py needs a run's own")
     if recipe.get("holdout"):
         data = data.hold_out()
     if data.fingerprint() != recipe["data"]:
-        raise UserError(f"{folder} was trained on other data than --data {args.data}; name its own")
+        raise UserError(f"{folder} was trained on other data than --data {args.data}; pass its own")
     mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
     normalised = {"mean": mean, "std": std, "device": device, "dtype": torch.float32}
     loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **normalised)

@@ -1,11 +1,11 @@
-"""What a trained network takes pictures for.
+"""Classify pictures with a trained network.
 
 python predict.py cat.jpg holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt
 python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt --json
 
-Pictures of any size are brought to 32x32 as those of ImageNet32x32 were (Chrabaszcz, Loshchilov and Hutter, "A
-Downsampled Variant of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape,
-by averaging over boxes. What fills the picture is classified best, as in CIFAR-10 itself.
+Pictures of any size are scaled to 32x32 as in ImageNet32x32 (Chrabaszcz, Loshchilov and Hutter, "A Downsampled Variant
+of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape, by averaging over
+boxes. An object that fills the picture is classified best, as in CIFAR-10 itself.
 """
 
 import json
@@ -25,12 +25,14 @@ from harness.files import read_checkpoint
 
 
 class Classifier(nn.Module):
-    """A trained network with what is needed to use it; `load_classifier` makes one.
+    """A trained network with everything needed to use it. `load_classifier` makes one.
 
     Takes images as `read_picture` returns them, uint8 of shape (N, 3, 32, 32), and returns logits, float32 of shape
-    (N, classes). network: the module of models/, which takes normalised images; classes: list[str]; mean, std: of the
-    channels, as float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch: int;
-    accuracy: float, in percent on the images `tested_on`, after that epoch.
+    (N, classes).
+
+    network: the module of models/, which takes normalised images; classes: list[str]; mean, std: of the channels, as
+    float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch: int; accuracy: float,
+    in percent on the images `tested_on`, after that epoch.
     """
 
     def __init__(self, network: nn.Module, checkpoint: dict):
@@ -47,7 +49,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-    """Return the Classifier of a checkpoint, `best.pt` or `last.pt`, in evaluation mode and without gradients.
+    """Load the Classifier of a checkpoint, `best.pt` or `last.pt`, in evaluation mode and without gradients.
 
     Raises UserError if the file is missing, damaged, or of a network that is not in models/.
     """
@@ -57,12 +59,12 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Cla
     if name not in models.__all__:
         raise UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
     try:
-        with torch.random.fork_rng(devices=[]):  # the first weights, which are replaced, draw from the caller's numbers
+        with torch.random.fork_rng(devices=[]):  # drawing the initial weights must not change the caller's random state
             network = getattr(models, name)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
         classifier = Classifier(network, checkpoint)
-    except (KeyError, TypeError, ValueError, RuntimeError):  # what another version of the network had
-        raise UserError(f"{path} holds another {name} than models/ has now") from None
+    except (KeyError, TypeError, ValueError, RuntimeError):  # from another version of the network
+        raise UserError(f"{path} holds a different {name} from the one in models/ now") from None
     return classifier.eval().requires_grad_(False).to(device)
 
 

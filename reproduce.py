@@ -1,16 +1,17 @@
-"""The rows of the README's table again, one after another, each as the command that stands there.
+"""Rerun the rows of the README's table, one after another, each with its command from the table.
 
-python reproduce.py                          # all of them, which takes days without a GPU
+python reproduce.py                          # all rows, which takes days without a GPU
 python reproduce.py --only r1-flip r2-crop
 python reproduce.py --only r1-flip --seeds 3
 python reproduce.py --only r1-flip --seeds 20 --jobs 4  # four runs at once, each on a GPU or a share of the CPU
 python reproduce.py --only r1-flip --seeds 200 --jobs 4 --ray auto  # four on each machine of a Ray cluster
 python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
-python reproduce.py --list                   # what there is, and how far it is
-python reproduce.py --readme                 # writes the tables and pictures of README and docs anew, from results/
+python reproduce.py --list                   # the rows, and how far each has got
+python reproduce.py --readme                 # rewrite the tables and pictures of README and docs from results/
 
-It can be ended and started again at any time: finished rows are not run again, an unfinished one goes on. The record of
-a finished row goes into results/mine, and is compared with those of other machines, in the folders beside it.
+It can be interrupted and started again at any time. Finished rows are skipped, and an unfinished row resumes. The
+record of a finished row goes into results/mine. It is compared with the records of other machines, in the folders
+beside it.
 """
 
 import argparse
@@ -50,13 +51,13 @@ from harness.results import (
     training_seconds,
 )
 
-EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # a run's line
+EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
 TRAINING_IMAGES = 50_000  # of CIFAR-10
 ROOT = Path(__file__).resolve().parent
 
 
 class Row(NamedTuple):
-    """A row of the table. run: its name with seed 0; target: percent; after: the row that this one goes on from."""
+    """A row of the table. run: the run's name with seed 0; target: in percent; after: the row that it continues."""
 
     command: str
     run: str
@@ -71,19 +72,19 @@ ROWS = {
     "r2-crop": Row("cifar10_r2.py --crop", "cifar10_r2-crop", 83.2),
     "r3": Row("cifar10_r3.py --resume", "cifar10_r3", 83.9, after="r2-crop"),
     "r4": Row("cifar10_r4.py", "cifar10_r4", 83.9),
-    # laid out for an hour and a half on two CPU cores
+    # its epochs are chosen to take an hour and a half on two CPU cores
     "r4-cifar-short": Row("cifar10_r4.py --stem cifar --epochs 50", "cifar10_r4-cifar", 92),
     "r4-cifar": Row("cifar10_r4.py --stem cifar", "cifar10_r4-cifar", 94),
     "r4-cifar-nopool": Row("cifar10_r4.py --stem cifar-nopool", "cifar10_r4-cifar-nopool", 95),
     "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
     "r5": Row("cifar10_r5.py", "cifar10_r5", 94),
     "r5-tta": Row("cifar10_r5.py --tta", "cifar10_r5-tta", 94),
-    # laid out for an hour and a half there too
+    # its epochs are chosen to take an hour and a half there, too
     "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 24", "train_mobilenetv2", 91),
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
     "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
 }
-# r3's accuracy by class in the text that these scripts grew from
+# r3's accuracy by class in the notes that these scripts grew from
 R3_BY_CLASS = {
     "airplane": 86.2, "automobile": 91.3, "bird": 76.3, "cat": 59.7, "deer": 85.4,
     "dog": 80.2, "frog": 89.3, "horse": 87.1, "ship": 91.6, "truck": 91.5,
@@ -91,7 +92,7 @@ R3_BY_CLASS = {
 
 
 class Job(NamedTuple):
-    """A row with a seed. folder: its run's; record: the file that its record goes into."""
+    """A row with a seed. folder: of its run; record: the file for its record."""
 
     name: str
     seed: int
@@ -102,11 +103,11 @@ class Job(NamedTuple):
         return f"{self.name}, seed {self.seed}"
 
     def is_finished(self) -> bool:
-        """Return whether its record is there."""
+        """Return whether the record exists."""
         return self.record.exists() and read_record(self.record) is not None
 
     def epoch_seconds(self) -> list[float]:
-        """Return the seconds of each epoch that is done, none if the log cannot be read: the run writes it anew."""
+        """Return the seconds of each finished epoch, or none if the log cannot be read. The run will rewrite it."""
         try:
             return [row["seconds"] for row in plot.read_log(self.folder)]
         except UserError:
@@ -125,7 +126,7 @@ def task_of(job: Job, args: argparse.Namespace) -> Task:
 
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
-    """Run the jobs, up to --jobs at once, and copy their records; return what went wrong, by the jobs that failed."""
+    """Run the jobs, up to --jobs at once, and copy their records. Return why jobs failed, by their names."""
     alone = args.jobs == 1 and args.ray is None
     by_name, bars = {str(job): job for job in jobs}, Bars(shown=not alone and sys.stdout.isatty())
 
@@ -156,7 +157,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
 
 
 def share(number: int, args: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of the worker of this number: its GPU, or its share of the CPU's threads."""
+    """Return a worker's environment variables: its GPU, or its share of the CPU's threads."""
     if args.jobs == 1:
         return {}
     gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
@@ -167,13 +168,13 @@ def share(number: int, args: argparse.Namespace) -> dict[str, str]:
 
 
 class Bars:
-    """On a terminal, a progress bar for each of several jobs that run at once."""
+    """A progress bar for each of several jobs that run at once, on a terminal only."""
 
     def __init__(self, shown: bool):
         self.shown, self.bars = shown, {}
 
     def show(self, number: int, job: Job, epoch: re.Match | None) -> bool:
-        """Show what an epoch's line says in the bar of that number; return False where there are no bars."""
+        """Update the bar of that number from an epoch's line. Return False if there are no bars."""
         if not self.shown or not epoch:
             return self.shown
         bar = self.bars.get(number)
@@ -189,34 +190,34 @@ class Bars:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """End the bars."""
+        """Close the bars."""
         for bar in self.bars.values():
             bar.close()
 
 
 def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
-    """Return how long `epochs` more of this job and the later jobs take, by its epochs so far and by records.
+    """Return as text how long `epochs` more of this job take, and how long with the later jobs.
 
-    at_once: how many jobs run side by side.
+    The estimate uses the job's epochs so far and the records. at_once: how many jobs run side by side.
     """
     seconds_per_epoch = statistics.median(job.epoch_seconds() or [0])
     own = seconds_per_epoch * epochs
     if not later:
         return f"{minutes(own)} left"
     machines = read_records(job.record.parent).values()
-    known, pace = {}, 1  # what is known of the rows, and how much longer they take here than where it is known from
-    for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, and so decisive, a machine with this row
+    known, pace = {}, 1  # seconds by row from the records, and how many times as long a row takes here
+    for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, so that a machine with this row decides
         known |= {name: statistics.mean(map(training_seconds, records)) for name, records in rows.items()}
         if job.name in rows:
             pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
     unknown = {other.name for other in later} - known.keys()
     total = (own + pace * sum(known.get(other.name, 0) for other in later)) / at_once
-    but = f" but for {', '.join(sorted(unknown))}" if unknown else ""
+    but = f" except {', '.join(sorted(unknown))}" if unknown else ""
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """Return the text with its tables written anew, each between two comments. Raise UserError without these."""
+    """Return the text with its tables rewritten, each between two comments. Raise UserError if these are missing."""
     for name, table in tables.items():
         begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
@@ -228,7 +229,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def pages(machines: Machines) -> dict[Path, str]:
-    """Return the pages that have tables, these written anew, by their paths. Raise UserError if one has no place."""
+    """Return the pages with their tables rewritten, by path. Raise UserError if a table has no place."""
     tables = {
         ROOT / "README.md": {"results": results_table(ROWS, machines)},
         ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
@@ -238,13 +239,13 @@ def pages(machines: Machines) -> dict[Path, str]:
 
 
 def measured(name: str) -> str:
-    """Return what a benchmark has printed on each machine: its Markdown file in each folder of results/."""
+    """Return a benchmark's output on each machine: its Markdown file in each folder of results/."""
     texts = [path.read_text().strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
     return "\n\n".join(texts) or "Not measured yet."
 
 
 def petaflop_of(record: dict) -> float | None:
-    """Return the operations of a run, in 10^15; None if an early record does not even name its network."""
+    """Return the operations of a run in 10^15, or None if an early record does not name its network."""
     network = record["recipe"].get("network")
     if "petaflop" in record or not network:
         return record.get("petaflop")
@@ -270,13 +271,13 @@ def write_readme() -> None:
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
             plot.seeds(several, RESULTS / machine / "seeds.png")
-        best = max(first, key=lambda name: first[name]["accuracy"])  # whose mistakes are the fewest
+        best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
         confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
         plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
 
 
 def check_is_writable(folder: Path) -> None:
-    """Raise UserError if no record could be written into the folder, before a row has trained for hours."""
+    """Raise UserError if the folder cannot be written, before a row trains for hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -286,17 +287,17 @@ def check_is_writable(folder: Path) -> None:
 
 
 def check_data(records: list[Path], name: str) -> None:
-    """Raise UserError if one of the records is of other data than --data names."""
+    """Raise UserError if a record was made on other data than --data."""
     fingerprint = load_data(name).fingerprint() if records else None
     for record in records:
         if read_record(record)["recipe"]["data"] != fingerprint:
-            raise UserError(f"{record} is of other data than --data {name}; take other --results and --checkpoints")
+            raise UserError(f"{record} is of other data than --data {name}; use other --results and --checkpoints")
 
 
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"of {', '.join(ROWS)}")
+    add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"which rows, of {', '.join(ROWS)}")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
         "--seeds", type=positive_int, default=1, metavar="N", help="run each row with the seeds 0 to N-1"
@@ -305,8 +306,8 @@ def main() -> None:
     add("--jobs", type=positive_int, default=1, metavar="N", help="run N at once, each on a GPU or a share of the CPU")
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="run on a Ray cluster: N at once on each machine")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
-    add("--list", action="store_true", help="only show the rows")
-    add("--readme", action="store_true", help="only write the tables and pictures of README and docs anew")
+    add("--list", action="store_true", help="only list the rows")
+    add("--readme", action="store_true", help="only rewrite the tables and pictures of README and docs")
     parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add(
@@ -336,9 +337,9 @@ def main() -> None:
             run = ROWS[name].run + run_suffix(seed, False, args.data)
             folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
-    handle_signals("; the same command goes on")
+    handle_signals("; the same command resumes")
     finished = [job.record for job in jobs if job.is_finished()]
-    if not args.list or args.data == "synthetic" or Path(args.data).exists():  # to list the rows downloads nothing
+    if not args.list or args.data == "synthetic" or Path(args.data).exists():  # listing the rows must download nothing
         check_data(finished, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())

@@ -1,7 +1,7 @@
-"""CIFAR-10, MobileNetV2: a network made for telephones, a fifth of ResNet-18's size, trained much as in round 4.
+"""CIFAR-10, MobileNetV2: a network made for phones, a fifth of ResNet-18's size, trained much as in round 4.
 
 python train_mobilenetv2.py
-python train_mobilenetv2.py --resume     # go on after an interruption
+python train_mobilenetv2.py --resume     # resume after an interruption
 python train_mobilenetv2.py --evaluate   # only test
 """
 
@@ -15,12 +15,12 @@ from models import MobileNetV2
 EPOCHS = 60
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
-PEAK = 0.25  # where in the run that is
+PEAK = 0.25  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-4
 LABEL_SMOOTHING = 0.1
-MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels: mean_and_std.py computes them
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the single images' stds, as is usual for CIFAR-10
+MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
 
 
 def main():

@@ -1,6 +1,7 @@
-"""What the training scripts share, in the order of a run: set up, data, schedule, train, test, per-class accuracy.
+"""Functions shared by the training scripts, in the order of a run.
 
-What no experiment changes stands behind it, one noun a room, in harness/.
+They set up, load the data, make the schedule, train, test and compute the accuracy by class. Code that no experiment
+changes is in harness/, one topic a module.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from harness.terminal import UserError, run
 
 # isort: split
-# PyTorch comes after our own, see harness/__init__.py
+# PyTorch is imported after harness/, which handles a Ctrl-C during that import, see harness/__init__.py
 import numpy as np
 import torch
 from torch import nn
@@ -30,13 +31,13 @@ from harness.processes import (
 )
 from harness.training import Meter, TrainStep
 
-__all__ = ["ArgumentParser", "Checkpoints", "Muon", "TrainStep", "UserError", "run"]  # of harness/, for the scripts
+__all__ = ["ArgumentParser", "Checkpoints", "Muon", "TrainStep", "UserError", "run"]  # for the scripts, from harness/
 
 TEST_BATCH_SIZE = 500
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
-    """Join the processes that torchrun has started, if any; return the device that this one trains on.
+    """Join torchrun's processes, if any, and return the device that this process trains on.
 
     Raises UserError if the machine has no such device, or fewer GPUs than processes.
     """
@@ -47,7 +48,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
             device = choose_device(f"cuda:{LOCAL_RANK}")
         join_processes(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # where CUDA graphs are captured
+        torch.cuda.set_device(device.index or 0)  # CUDA graphs are captured on the current device
     return device
 
 
@@ -62,12 +63,12 @@ def dataloaders(
     cutout: int = 0,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Data, Loader, Loader]:
-    """Load `args.data`; return the dataset, its training loader and its test loader.
+    """Load `args.data` and return the dataset, its training loader and its test loader.
 
-    With `args.holdout` a tenth of the training images takes the place of the test images.
+    With `args.holdout`, a tenth of the training images replaces the test images.
 
-    mean, std: of the channels of an image with values from 0 to 1. flip to transform: how training images are
-    augmented, see Loader. Raises UserError if the dataset cannot be read, or the device lacks the precision.
+    mean, std: of each channel, for pixel values from 0 to 1. flip to transform: the augmentation of training images,
+    see Loader. Raises UserError if the dataset cannot be read, or the device does not support the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)
@@ -86,17 +87,17 @@ def dataloaders(
 def triangular_schedule(
     optimizer: torch.optim.Optimizer, steps: int, peak: float
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return a scheduler whose rate rises in a line to the optimizer's own and falls to 0.
+    """Return a scheduler whose learning rate rises linearly to the optimizer's own, then falls linearly to 0.
 
-    steps: how often it is stepped in a run, after each epoch or after each batch; each has the rate of its middle.
-    peak: where in the run the rate is highest, from 0 to 1.
+    steps: the number of scheduler steps in a run, one an epoch or one a batch. Each has the rate at its middle.
+    peak: the fraction of the run at which the rate is highest, from 0 to 1.
     """
     corners = [0, peak * steps, steps], [0, 1, 0]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(np.interp(step + 0.5, *corners)))
 
 
 def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, float]:
-    """Train for one epoch; return the mean loss and the accuracy in percent, while the network learns.
+    """Train for one epoch and return the mean loss and the accuracy in percent, measured while the network learns.
 
     Raises UserError if a loss is not finite.
     """
@@ -114,7 +115,10 @@ def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, flo
 
 @torch.inference_mode()
 def test(model: nn.Module, loader: Loader, criterion: nn.Module, epoch: int) -> tuple[float, float]:
-    """Test the network; return the mean loss and the accuracy in percent. Raise UserError if a loss is not finite."""
+    """Test the network and return the mean loss and the accuracy in percent.
+
+    Raises UserError if a loss is not finite.
+    """
     model.eval()
     with Meter(f"test epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
         for images, labels in loader:
@@ -150,17 +154,17 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 def per_class_accuracy(confusion: torch.Tensor) -> torch.Tensor:
-    """Return how many percent of each class's images are predicted as it: float64 of shape (classes,)."""
+    """Return the percentage of each class's images that are predicted as it: float64 of shape (classes,)."""
     return 100 * confusion.diagonal().double() / confusion.sum(1)
 
 
 def finish(checkpoints: Checkpoints, data: Data, model: nn.Module, test_loader: Loader) -> None:
-    """Print the accuracy by class; after training, write the run's record and draw its pictures."""
+    """Print the accuracy by class and, after training, write the run's record and draw its pictures."""
     logits = predict(model, test_loader)
     confusion = confusion_matrix(logits, test_loader.labels.cpu())
     checkpoints.finish(confusion, per_class_accuracy(confusion))
     if RANK == 0 and not checkpoints.args.evaluate:
-        import plot  # and with it matplotlib, which would make every start slower
+        import plot  # here, because it imports matplotlib, which would slow down every start
 
         plot.draw(checkpoints.folder, logits, data)
     checkpoints.leave()

@@ -1,4 +1,4 @@
-"""Do two processes of one thread, as torchrun starts them, train faster on two CPU cores than one of two threads?
+"""Compare two processes of one thread, started by torchrun, with one process of two threads, on two CPU cores.
 
 python -m benchmarks.processes
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import plot
 from harness.terminal import CommandLine, run
 
-IMAGES = 10_000  # of the synthetic images' training
+IMAGES = 10_000  # training images in the synthetic dataset
 PROCESSES = {  # how a script is started: threads, command
     "1 process of 2 threads": ("2", [sys.executable]),
     "2 processes of 1 thread": (
@@ -24,7 +24,7 @@ PROCESSES = {  # how a script is started: threads, command
 
 
 def images_per_second(script: str, threads: str, command: list[str]) -> float:
-    """Return the images per second of a script's second epoch on the synthetic images, with its testing and saving."""
+    """Return a script's images per second in its second epoch on synthetic images, including testing and saving."""
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     with tempfile.TemporaryDirectory() as checkpoints:
         flags = ["--data", "synthetic", "--device", "cpu", "--epochs", "2", "--checkpoints", checkpoints]

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: the operations that take most of it.
+"""Print the operations that take most of a training step's time.
 
 python -m benchmarks.profile
-python -m benchmarks.profile --only r4 mobilenet   # the scripts whose command has one of these in it
+python -m benchmarks.profile --only r4 mobilenet   # only scripts whose command contains one of these
 """
 
 import itertools
@@ -18,7 +18,7 @@ def profile(command: str, data: Data, device: torch.device) -> None:
     script = prepare(command, first_images(data, command, device), device)
     script.train_step.model.train()
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    # A CPU's profile is distorted by the memory that the profiler takes at each step.
+    # One step only on a CPU, because the profiler takes memory at each step, which distorts the profile.
     steps = min(50, len(script.train_loader)) if device.type == "cuda" else 1
     profiles = []
     for _ in range(20):

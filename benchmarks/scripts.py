@@ -1,4 +1,4 @@
-"""What the benchmarks share: their command line, and what a script trains and tests with, from the script itself."""
+"""The benchmarks' command line, and what a script trains and tests with, taken from the script itself."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ from harness.loader import Loader
 from harness.terminal import CommandLine, UserError
 from harness.training import TrainStep
 
-IMAGES = {  # of a round of training on a CPU, some seconds of it; a GPU takes GPU times as many
+IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU gets GPU times as many
     "cifar10_r1.py --flip --batch-size 4": 4_000,
     "cifar10_r1.py --flip": 25_600,
     "cifar10_r2.py --crop": 2_560,
@@ -31,18 +31,18 @@ GPU = 20
 
 
 class BenchmarkLine(CommandLine):
-    """The command line of a benchmark: --data, --device and --only, and what the benchmark adds."""
+    """The command line of a benchmark: --data, --device, --only, and the benchmark's own flags."""
 
     def __init__(self, description: str):
         super().__init__(description)
         self.add_data("as for the scripts (default: data)")
         self.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
         self.add_argument(
-            "--only", nargs="+", default=[""], metavar="WORD", help="only scripts whose command has one of these in it"
+            "--only", nargs="+", default=[""], metavar="WORD", help="only scripts whose command contains one of these"
         )
 
     def parse(self) -> tuple[argparse.Namespace, list[str], Data, torch.device]:
-        """Return the flags, the commands that are chosen, the dataset and the device. Raise UserError without any."""
+        """Return the flags, the chosen commands, the dataset and the device. Raise UserError if --only fits none."""
         args = self.parse_args()
         commands = [command for command in IMAGES if any(word in command for word in args.only)]
         if not commands:
@@ -51,7 +51,7 @@ class BenchmarkLine(CommandLine):
 
 
 def first_images(data: Data, command: str, device: torch.device, training: bool = True) -> Data:
-    """Return the dataset with as many images as a round of that script takes; testing takes twice as many."""
+    """Return the dataset cut to the images of one round of that script. A round of testing takes twice as many."""
     images = IMAGES[command] * (GPU if device.type == "cuda" else 1) * (1 if training else 2)
     return data._replace(
         train_images=data.train_images[:images],
@@ -62,7 +62,7 @@ def first_images(data: Data, command: str, device: torch.device, training: bool 
 
 
 class Prepared(NamedTuple):
-    """What a script hands over to `utils.train` and to `utils.test`."""
+    """The arguments that a script passes to `utils.train` and `utils.test`."""
 
     train_step: TrainStep
     train_loader: Loader
@@ -72,13 +72,13 @@ class Prepared(NamedTuple):
 
 
 class FirstEpoch(Exception):
-    """Raised in the place of a script's first epoch."""
+    """Raised in place of a script's first epoch."""
 
 
 def prepare(command: str, data: Data, device: torch.device, precision: str | None = None) -> Prepared:
-    """Run a script on these data up to its first epoch; return what it would train and test with.
+    """Run a script on these data up to its first epoch. Return what it would train and test with.
 
-    precision: of --precision, the script's own if None. The script's functions of utils are replaced in this process.
+    precision: for --precision, or None for the script's own. This replaces functions of utils in this process.
     """
     handed_over = []
 

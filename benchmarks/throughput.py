@@ -1,22 +1,23 @@
-"""How fast the scripts train and test, side by side with what such repositories usually do and with what is possible.
+"""Measure how fast the scripts train and test, compared with the usual way and with what is possible.
 
 python -m benchmarks.throughput                # all scripts, 20 minutes on two cores
-python -m benchmarks.throughput --only r1 r2   # those whose command has one of these in it
+python -m benchmarks.throughput --only r1 r2   # only scripts whose command contains one of these
 python -m benchmarks.throughput --compile      # torch.compile: does it pay?
 
-Prints a table in Markdown; in a machine's folder of results/, as throughput.md, it is what docs/speed.md shows.
+Prints a table in Markdown. Saved as throughput.md in a machine's folder of results/, it appears in docs/speed.md.
 Network, batch size, optimizer, precision and augmentation are the script's own. Every figure is the median over rounds
 in which the candidates take turns, so that a machine that drifts favours none:
 
-baseline      a torchvision dataset of PIL images, torchvision's transforms and a DataLoader with a worker a core;
+baseline      a torchvision dataset of PIL images, torchvision's transforms and a DataLoader with a worker per core;
               float32, contiguous memory, no fused optimizer, a plain loop with `.item()` at each step, no cutout
-ours          the script's
-ours in fp32  the script's with --precision fp32, if that is another
-limit         ours on one batch that lies on the device already: what no data path can beat
-compiled      the same with torch.compile, measured with --compile
+ours          the script
+ours in fp32  the script with --precision fp32, if it would use another precision
+limit         ours on one batch that lies on the device already, which no data path can beat
+compiled      limit with torch.compile, measured with --compile
 
-Each is in a process of its own. `share` is ours in what the device can compute at most: the operations of the network's
-convolutions and matrix products in a second, by those of a product of two 4096x4096 matrices in the same precision.
+Each candidate runs in its own process. `share` is the part of the device's computing power that ours uses: the
+operations per second in the network's convolutions and matrix products, divided by the operations per second in a
+product of two 4096x4096 matrices in the same precision.
 """
 
 import contextlib
@@ -42,12 +43,12 @@ from harness.data import Data
 from harness.operations import count_operations
 from harness.terminal import UserError, run
 
-TRAIN, TEST = utils.train, utils.test  # a script is prepared with others in their places
-Round = Callable[[], int]  # trains on, or tests, some images; returns how many
+TRAIN, TEST = utils.train, utils.test  # `prepare` replaces them in utils
+Round = Callable[[], int]  # trains on or tests some images, and returns how many
 
 
 class About(NamedTuple):
-    """What a script trains with. operations: of training on one image."""
+    """A script's settings. operations: in training on one image."""
 
     batch_size: int
     precision: str
@@ -55,7 +56,7 @@ class About(NamedTuple):
 
 
 class PILImages(Dataset):
-    """torchvision's CIFAR10, but for where the pixels come from."""
+    """torchvision's CIFAR10, except for the source of the pixels."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Callable):
         self.images, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), transform
@@ -73,11 +74,11 @@ def endless(loader):
 
 
 def baseline(script: Prepared, data: Data, training: bool) -> Round:
-    """Return what trains or tests the script's network the usual way."""
+    """Return a function that trains or tests the script's network the usual way."""
     step, loader = script.train_step, script.train_loader if training else script.test_loader
     model, optimizer, device = script.model.train(training), step.optimizer, loader.device
     model.to(memory_format=torch.contiguous_format)
-    optimizer.state.clear()  # what is there is channels-last
+    optimizer.state.clear()  # its buffers are channels-last
     for group in optimizer.param_groups:
         group |= {"fused": False} if "fused" in group else {}
     augmentation = []
@@ -114,7 +115,7 @@ def baseline(script: Prepared, data: Data, training: bool) -> Round:
 
 
 def ours(script: Prepared, training: bool) -> Round:
-    """Return what trains or tests as the script does."""
+    """Return a function that trains or tests as the script does."""
     if training:
         loader, epoch = script.train_loader, lambda: TRAIN(script.train_step, script.train_loader, 1)
     else:
@@ -128,7 +129,7 @@ def ours(script: Prepared, training: bool) -> Round:
 
 
 def limit(script: Prepared, training: bool, compiled: bool = False) -> Round:
-    """Return what trains on or tests one batch that lies on the device already, again and again."""
+    """Return a function that trains on or tests one batch that lies on the device already, again and again."""
     loader, model = script.train_loader if training else script.test_loader, script.model.train(training)
     batch = next(iter(loader))
     if compiled:
@@ -149,10 +150,10 @@ def limit(script: Prepared, training: bool, compiled: bool = False) -> Round:
 
 
 def serve(pipe, command: str, training: bool, candidate: str, data: Data, device: torch.device) -> None:
-    """In a candidate's process: answer each request by a round's images per second and the peak memory in MB."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's own affair
+    """Answer each request with a round's images per second and the peak memory in MB, in a candidate's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark itself handles Ctrl-C
     data = first_images(data, command, device, training)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a script says of its data
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what a script prints about its data
     if candidate == "baseline":
         utils.keep_freed_memory = lambda: None
     script = prepare(command, data, device, "fp32" if candidate in ("baseline", "ours in fp32") else None)
@@ -178,7 +179,7 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
 def measure(
     command: str, training: bool, candidates: list[str], data: Data, device: torch.device, rounds: int
 ) -> tuple[About, dict[str, float], dict[str, float]]:
-    """Return what a script trains with, images per second, and peak MB (on a GPU the GPU's), both by candidate.
+    """Return a script's settings, then images per second and peak MB (the GPU's on a GPU) by candidate.
 
     Raises UserError if a candidate's process has ended.
     """
@@ -191,7 +192,7 @@ def measure(
         arguments = (theirs, command, training, candidate, data, device)
         processes.append(context.Process(target=serve, args=arguments, daemon=candidate != "baseline"))
         processes[-1].start()
-        theirs.close()  # or this process would wait for ever for one that has ended
+        theirs.close()  # or this process would wait for ever for a candidate that has ended
         about[candidate], answers[candidate] = receive(pipes[candidate], command, candidate), []
     for _ in range(rounds):
         for candidate, pipe in pipes.items():
@@ -199,7 +200,7 @@ def measure(
                 pipe.send(True)
             answers[candidate].append(receive(pipe, command, candidate))
             if candidate == "baseline":
-                time.sleep(1)  # in which its workers fill their queues, or they would slow down the next candidate
+                time.sleep(1)  # its workers fill their queues, or they would slow down the next candidate
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
@@ -211,11 +212,11 @@ def measure(
 
 
 def receive(pipe, command: str, candidate: str) -> tuple:
-    """Return what a candidate's process answers. Raise UserError if it has ended."""
+    """Return the answer of a candidate's process. Raise UserError if it has ended."""
     try:
         return pipe.recv()
     except EOFError:
-        raise UserError(f"{command}: the process of {candidate} has ended; perhaps the memory has") from None
+        raise UserError(f"{command}: the process of {candidate} has ended; it may have run out of memory") from None
 
 
 def most_operations(device: torch.device, precision: str) -> float:

@@ -18,12 +18,12 @@ from harness.terminal import UserError, escape_unprintable, handle_signals
 class Checkpoints:
     """The folder of a run and its state: weights, optimizer, scheduler, scaler and log.
 
-    `epochs_left` begins or resumes the run, `save` ends an epoch, `finish` ends the run. Of several processes, rank 0
-    reads and writes.
+    `epochs_left` begins or resumes the run, `save` ends an epoch, `finish` ends the run. If there are several
+    processes, only rank 0 reads and writes.
     """
 
     NETWORK = ("model", "arguments", "classes", "mean", "std")  # must agree before weights are loaded
-    BEST = ("weights", "accuracy", "epoch", "figures")  # what best.pt holds beside the network
+    BEST = ("weights", "accuracy", "epoch", "figures")  # what best.pt holds besides the network
 
     def __init__(
         self,
@@ -34,9 +34,10 @@ class Checkpoints:
         scheduler: LRScheduler | None = None,
         base: tuple[str, str] | None = None,
     ):
-        """Take the parts of a run: of ArgumentParser, load_data, Loader and TrainStep. Nothing is read or written yet.
+        """Take the parts of a run. Nothing is read or written yet.
 
-        base: the experiment that this one continues the first time, and the command that trains it.
+        args, data, train_loader, train_step: of ArgumentParser, load_data, Loader and TrainStep. base: the experiment
+        whose last epoch this one starts from, unless it resumes its own, and the command that trains it.
         """
         self.args, self.loader, self.train_step, self.scheduler = args, train_loader, train_step, scheduler
         self.model, self.optimizer = train_step.model, train_step.optimizer
@@ -48,13 +49,13 @@ class Checkpoints:
         self.folder = self.run_folder.path
         images = f"synthetic {data.tested_on}" if data.source == "synthetic" else data.tested_on
         self.records = Records(self.folder, images, args.tensorboard)
-        self.last_is_whole = True  # last.pt, as far as this run knows
+        self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
-        self.script = describe_script()  # as it runs: it may be edited meanwhile
+        self.script = describe_script()  # now, as the file may be edited during the run
         self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
 
     def epochs_left(self) -> range:
-        """Begin or resume the run, as the command line says; return the epochs that are left, counted from 1.
+        """Begin or resume the run, as the command line says, and return the epochs left, counted from 1.
 
         The range is empty after --evaluate and if the run is complete. Raises UserError.
         """
@@ -72,7 +73,10 @@ class Checkpoints:
         return range(0) if self.args.evaluate else range(epochs_done + 1, self.args.epochs + 1)
 
     def begin(self) -> int:
-        """Load what --resume or --evaluate names and take the run's folder; return the number of epochs done."""
+        """Load the checkpoint to resume or evaluate, if any, and return the number of epochs done.
+
+        Except with --evaluate, the run also takes its folder.
+        """
         if self.args.evaluate:
             return self.load_for_evaluation()
         self.train_step.check_batch_size(self.args.batch_size, self.loader.smallest_share)
@@ -82,25 +86,26 @@ class Checkpoints:
         path, checkpoint = read_first_whole(paths) if paths else (None, None)
         if checkpoint:
             self.resume(path, checkpoint)
-        named = path if self.args.resume is True else self.folder / "last.pt"  # other files of its own are a step back
+        # Any other file of its own, given by name, is a step back: the run then gets a new folder.
+        named = path if self.args.resume is True else self.folder / "last.pt"
         if checkpoint and path.resolve() == named.resolve() and path.parent.resolve() == self.folder.resolve():
             self.last_is_whole = path.name == "last.pt"
             self.run_folder.own()
             self.restore_best(checkpoint)
         else:
             files = {}
-            if self.records.rows:  # of a checkpoint from elsewhere
+            if self.records.rows:  # resumed, but not from this folder's last.pt
                 best = self.best_file(path.parent, checkpoint)
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
         group = self.optimizer.param_groups[0]
         self.recipe["lr"] = group.get("initial_lr", group["lr"])
         self.records.begin_epoch(group["lr"])
-        handle_signals(f"; {self.args.resume_command} goes on after the last epoch that was saved")
+        handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
         return checkpoint["epoch"] if checkpoint else 0
 
     def load_for_evaluation(self) -> int:
-        """Load the weights that --evaluate names; return their epoch."""
+        """Load the weights that --evaluate names and return their epoch."""
         path = self.folder / "last.pt" if self.args.evaluate is True else self.args.evaluate
         checkpoint = read_checkpoint(path)
         self.load_weights(path, checkpoint, self.NETWORK)
@@ -108,7 +113,10 @@ class Checkpoints:
         return checkpoint["epoch"]
 
     def files_to_resume(self) -> list[Path]:
-        """Return the checkpoints to resume, best first; none for a new run. Raise UserError if base_run has none."""
+        """Return the checkpoints to resume, the preferred one first, or none for a new run.
+
+        Raises UserError if the base has none.
+        """
         if self.args.resume and self.args.resume is not True:
             return [self.args.resume]
         if self.args.resume and (own_files := resumable_files(self.folder)):
@@ -119,36 +127,36 @@ class Checkpoints:
                 return base_files
             same = "with the same --data, --seed and --checkpoints"
             raise UserError(
-                f"no {folder / 'last.pt'}, from which {self.args.script} goes on; run {self.base_command} first, {same}"
+                f"no {folder / 'last.pt'}, which {self.args.script} starts from; run {self.base_command} first, {same}"
             )
         if self.args.resume:
             print(f"no {self.folder / 'last.pt'} to resume, starting the run", flush=True)
         return []
 
     def resume(self, path: Path, checkpoint: dict) -> None:
-        """Load the checkpoint. Raise UserError if it is of another run, unless that is base_run."""
+        """Load the checkpoint. Raise UserError if it is from another run that is not the base."""
         if not checkpoint.keys() >= {"recipe", "rows", "optimizer", "scaler"}:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
         epoch, recipe = checkpoint["epoch"], today(checkpoint["recipe"])
         is_base = self.base_run is not None and recipe["run"] == self.base_run
         self.check_recipe(path, recipe, is_base)
         if is_base and epoch >= self.args.epochs:
-            raise UserError(f"{path} has {epoch} epochs behind it already; take more --epochs than that")
+            raise UserError(f"{path} already has {epoch} epochs of training; use a larger --epochs")
         if is_base and epoch < recipe.get("epochs", epoch):
             raise UserError(
-                f"{path} is after epoch {epoch} of {recipe['epochs']}; finish that run first: {self.base_command} "
+                f"{path} is at epoch {epoch} of {recipe['epochs']}; finish that run first: {self.base_command} "
                 "--resume, with the same --data, --seed and --checkpoints"
             )
         if epoch > self.args.epochs:
-            raise UserError(f"{path} has {epoch} epochs behind it, more than --epochs {self.args.epochs}; take more")
+            raise UserError(f"{path} has {epoch} epochs of training, more than --epochs {self.args.epochs}; use more")
         if not checkpoint.keys() >= self.resumed_parts.keys():
-            raise UserError(f"{path} has no scheduler's state, this run has a scheduler; start it without --resume")
+            raise UserError(f"{path} has no scheduler state, but this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
         self.train_step.check_state(path, checkpoint)
-        if is_base:  # this script's own rate and weight decay, with the other's moments
+        if is_base:  # only the base's moments are loaded, not its learning rate and weight decay
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in self.resumed_parts.items():
-            if checkpoint[name]:  # a scaler's is empty unless the run was in fp16
+            if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
         if self.args.lr_given:
             self.train_step.change_lr(self.args.lr, self.scheduler)
@@ -158,7 +166,7 @@ class Checkpoints:
             self.records.rows = checkpoint["rows"]
 
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
-        """Raise UserError if the checkpoint's recipe is another than this run's; a base shares only a part of it."""
+        """Raise UserError if the checkpoint's recipe differs from this run's. A base has to agree only in part."""
         ours, may_differ = self.recipe, {"lr"}
         if is_base:
             ours = {name: ours[name] for name in ("seed", "holdout", "batch_size", "data")}
@@ -166,7 +174,7 @@ class Checkpoints:
             recipe = recipe | {"optimizer": {"name": recipe["optimizer"]["name"]}}
         elif recipe["run"] != self.recipe["run"]:
             runs = " or ".join(filter(None, (self.recipe["run"], self.base_run)))
-            raise UserError(f"{path} is of the run {recipe['run']}; resume one of {runs}, or start without --resume")
+            raise UserError(f"{path} is from the run {recipe['run']}; resume {runs}, or start without --resume")
         if self.args.lr_given:
             may_differ.add("LR")
         if not self.scheduler:
@@ -174,7 +182,7 @@ class Checkpoints:
         check_same(path, recipe, ours, may_differ)
 
     def restore_best(self, checkpoint: dict) -> None:
-        """Make best.pt the best epoch of the log: a run may go on from an epoch before that of best.pt."""
+        """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
         if self.find_best(self.folder) == path:
             return
@@ -184,11 +192,14 @@ class Checkpoints:
             path.replace(previous)
 
     def find_best(self, folder: Path) -> Path | None:
-        """Return the folder's file of the best epoch of the log, None without one."""
+        """Return the folder's file of the log's best epoch, or None."""
         return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
     def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
-        """Return the best epoch's file, found in the folder or made of the checkpoint; None, and a line, without it."""
+        """Return the content of the best epoch's file, from the folder or from the checkpoint.
+
+        If neither has it, a line says so and None is returned.
+        """
         row = self.records.best_row()
         if path := self.find_best(folder):
             return path.read_bytes()
@@ -206,19 +217,20 @@ class Checkpoints:
         try:
             self.model.load_state_dict(checkpoint["weights"])
         except RuntimeError:  # the network has been edited since
-            raise UserError(f"{path} holds other weights than {type(self.model).__name__} has now") from None
+            raise UserError(f"{path} holds weights that do not fit {type(self.model).__name__} any more") from None
 
     def save(self, epoch: int, train_metrics: tuple[float, float], test_metrics: tuple[float, float]) -> None:
-        """Save an epoch with its (loss, accuracy in percent): best.pt if it is the best so far, log.csv, last.pt.
+        """Save an epoch: best.pt if it is the best so far, log.csv and last.pt.
 
-        Raises UserError if a weight is not finite or a file cannot be written.
+        train_metrics, test_metrics: (loss, accuracy in percent). Raises UserError if a weight is not finite or a file
+        cannot be written.
         """
         if RANK > 0:
             return
         self.run_folder.check()
         weights = self.model.state_dict()
         if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
-            raise UserError(f"the weights are not finite after epoch {epoch}; take a lower --lr")
+            raise UserError(f"the weights are not finite after epoch {epoch}; use a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}
@@ -232,20 +244,20 @@ class Checkpoints:
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
         state |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
         state["parameters"] = self.train_step.parameter_names()
-        (self.folder / "run.json").unlink(missing_ok=True)  # of the run before it was made longer
+        (self.folder / "run.json").unlink(missing_ok=True)  # from before the run was extended
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
         write_checkpoint(self.folder / "last.pt", state, keep=previous)
         self.last_is_whole = True
         self.records.report_epoch(self.args.epochs)
 
     def leave(self) -> None:
-        """Let another process have the run's folder."""
+        """Release the run's folder for other processes."""
         self.run_folder.release()
 
     def finish(self, confusion: torch.Tensor, per_class: torch.Tensor) -> None:
-        """Print the table; write run.json unless a run of this length has left one.
+        """Print the table, and write run.json unless a run of this length has already written it.
 
-        confusion, per_class: what `confusion_matrix` and `per_class_accuracy` return for the test images.
+        confusion, per_class: from `confusion_matrix` and `per_class_accuracy`, for the test images.
         """
         if RANK > 0:
             return
@@ -258,7 +270,7 @@ class Checkpoints:
         self.records.print_end()
         self.records.write_log()
         if (self.folder / "run.json").exists():
-            return  # a complete run was resumed; its record says where and when it was trained
+            return  # the resumed run was complete, and its record says where and when it was trained
         run = {
             "run": self.folder.name,
             "command": self.args.command,

@@ -13,7 +13,7 @@ from harness.terminal import IN_USE, UserError, escape_unprintable
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
-PATIENCE_SECONDS = 60  # for runs that are to end
+PATIENCE_SECONDS = 60  # for cancelled runs to end
 
 
 def run_on_cluster(
@@ -24,11 +24,11 @@ def run_on_cluster(
     report: Callable[[Task, int, str], None],
     finish: Callable[[Task], None],
 ) -> dict[str, str]:
-    """Run the tasks on a Ray cluster; return what went wrong, by the names of the tasks that failed.
+    """Run the tasks on a Ray cluster and return the errors of the tasks that failed, by name.
 
-    address: as `ray.init` takes it; None starts a cluster of this machine alone. jobs: how many tasks a machine runs
-    at once, each with an equal share of its cores and GPUs. report, finish: see `run_side_by_side`. A task whose
-    machine is lost starts again on another. Raises UserError without Ray, or if no cluster answers at the address.
+    address: as for `ray.init`; None starts a cluster of this machine alone. jobs: how many tasks a machine runs at
+    once, each with an equal share of its cores and GPUs. report, finish: see `run_side_by_side`. If a machine is lost,
+    its tasks start again on others. Raises UserError if Ray is not installed or no cluster answers at the address.
     """
     try:
         import ray
@@ -38,21 +38,21 @@ def run_on_cluster(
         raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
     try:
         host, colon, port = (address or "").rpartition(":")
-        if colon:  # Ray itself would try for minutes
+        if colon:  # ray.init would keep trying for minutes
             socket.create_connection((host, port), timeout=10).close()
-        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # where a worker finds this module
+        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # so that workers find this module
         ray.init(address or "local", runtime_env=environment, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address or ''}: no cluster answers; {' '.join(str(error).split())}") from None
-    names = {}  # of the tasks that are not done, by their Ray references
+    names = {}  # of the unfinished tasks, by their Ray references
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # no lost machine takes it along
+        lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # outlives the other machines
         most = {name: max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU")}
         cores, gpus = max(1, int(most["CPU"] // jobs)), min(1, most["GPU"] / jobs) if use_gpus else 0
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
         by_name, refs, failed = {task.name: task for task in tasks}, {}, {}
-        numbers = {}  # of the tasks that run, by their names
+        numbers = {}  # of the running tasks, by their names
         for name, task in by_name.items():
             refs[name] = remote.remote(task, cores, lines, refs.get(task.after))
             names[refs[name]] = name
@@ -83,9 +83,9 @@ def run_on_cluster(
 
 
 def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> str | None:
-    """Run a task's command on one of the cluster's machines; return what went wrong, None if nothing has.
+    """Run a task's command on a machine of the cluster and return its error, or None.
 
-    lines: a queue for (the task's name, a line of its output). wrong_before: what went wrong with the task before it.
+    lines: a queue for (the task's name, a line of its output). wrong_before: the error of the task that it waits for.
     """
     if wrong_before:
         return f"waited for {task.after}"
@@ -103,10 +103,10 @@ def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> st
             for line in process.stdout:
                 lines.put((task.name, escape_unprintable(line.rstrip("\n"))))
         except BaseException:
-            process.terminate()  # in order: what is saved stays whole
+            process.terminate()  # SIGTERM, so that a run ends cleanly and its files stay whole
             raise
         finally:
             status = process.wait()
         if IN_USE not in line:
             return f"exit status {status}; {line.strip()}" if status else None
-        time.sleep(1)  # a lost machine's run holds its folder until its next line, which nobody reads
+        time.sleep(1)  # a lost machine's run holds its folder until its next line, which fails as nobody reads it

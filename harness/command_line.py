@@ -22,7 +22,10 @@ class ArgumentParser(CommandLine):
     def __init__(
         self, description: str, *, epochs: int | dict[str, int], batch_size: int, lr: float, precision: str = "auto"
     ):
-        """Take the recipe's numbers. epochs: a dict holds a number for each experiment; the script picks its own."""
+        """Take the recipe's numbers.
+
+        epochs: a number, or a dict with one for each experiment, from which the script picks its own.
+        """
         super().__init__(description)
         add = self.add_argument
         self.add_data("CIFAR-10 or class folders, or 'synthetic' (default: data)")
@@ -36,8 +39,8 @@ class ArgumentParser(CommandLine):
         add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
         add("--checkpoints", type=nonempty_path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
-        add("--holdout", action="store_true", help="test on a tenth of the training images, which are not trained on")
-        add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into the run's folder")
+        add("--holdout", action="store_true", help="hold out a tenth of the training images and test on them")
+        add("--tensorboard", action="store_true", help="also write the log for TensorBoard, into the run's folder")
         mode = self.add_mutually_exclusive_group()
         add = mode.add_argument
         add(
@@ -46,7 +49,7 @@ class ArgumentParser(CommandLine):
             type=nonempty_path,
             const=True,
             metavar="FILE",
-            help="go on from this run's last.pt, or from FILE",
+            help="resume from this run's last.pt, or from FILE",
         )
         add(
             "--evaluate",
@@ -60,11 +63,11 @@ class ArgumentParser(CommandLine):
         self.common = {action.dest for action in self._actions}
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Return the flags, and with them how this command line is told.
+        """Return the flags, and the names and commands of the run.
 
-        experiment: the script's name with its own flags; own_flags: the names of these in the namespace; suffix: what
-        stands behind the experiment in the run's name; command: the line without its paths; resume_command: the line
-        that resumes the run; lr_given: bool.
+        script: the script's name. experiment: the script's name with its own flags. own_flags: the names of these flags
+        in the namespace. suffix: the rest of the run's name. command: the command line without its paths.
+        resume_command: the command line that resumes the run. lr_given: whether --lr was given.
         """
         argv = sys.argv[1:] if argv is None else argv
         args = super().parse_args(argv)
@@ -87,15 +90,15 @@ class ArgumentParser(CommandLine):
 
 
 def run_suffix(seed: int, holdout: bool, data: str) -> str:
-    """Return what a run's name has behind its experiment, such as "-seed2"."""
+    """Return the part of a run's name after its experiment, such as "-seed2"."""
     parts = {f"-seed{seed}": seed != 0, "-holdout": holdout, "-synthetic": data == "synthetic"}
     return "".join(part for part, is_so in parts.items() if is_so)
 
 
 def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argparse.Action]) -> str | None:
-    """Return what one of the script's own flags adds to the run's name; None at its default.
+    """Return the part that one of the script's own flags adds to the run's name, or None at its default.
 
-    A choice stands for itself, another value follows its flag's name: no two values give the same name.
+    A choice stands for itself. Another value follows its flag's name, so that no two values give the same name.
     """
     value = getattr(args, action.dest)
     if value is None or value == action.default:
@@ -116,7 +119,7 @@ def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argpars
 
 
 def quote(value: object) -> str:
-    """Return a flag's value as part of a folder's name: a slash becomes %2F."""
+    """Return a flag's value, escaped for a folder's name: a slash becomes %2F."""
     return urllib.parse.quote(str(value), safe=" =")
 
 
@@ -147,7 +150,7 @@ def seed_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Return a number above 0, finite."""
+    """Return a finite number above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A dataset in memory, from the original's files, class folders or the built-in images; and one image file."""
+"""Datasets in memory, from the original's files, class folders or the built-in images, and single image files."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class Data(NamedTuple):
     test_labels: torch.Tensor
     classes: list[str]  # in the order of the labels
     source: str  # "CIFAR-10 archive", "class folders" or "synthetic"
-    tested_on: str = "test"  # which images the test images are, "held-out training" after `hold_out`
+    tested_on: str = "test"  # where the test images come from: "held-out training" after `hold_out`
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over every image, label and class name, in order: 64 hexadecimal digits."""
@@ -39,9 +39,10 @@ class Data(NamedTuple):
         return digest.hexdigest()
 
     def hold_out(self) -> "Data":
-        """Return the dataset with every tenth training image of each class as its test images: of CIFAR-10, 5,000.
+        """Return the dataset with every tenth training image of each class as its test images: 5,000 for CIFAR-10.
 
-        Recipes are chosen on these, so that the test images stay unseen. Raises UserError if a class has fewer than 2.
+        Recipes are chosen on these, so that the test images stay unseen. Raises UserError if a class has fewer than
+        two images.
         """
         held_out = torch.zeros(len(self.train_labels), dtype=torch.bool)
         for label, name in enumerate(self.classes):
@@ -61,15 +62,16 @@ class Data(NamedTuple):
 
 
 def load_data(name: str) -> Data:
-    """Load what lies in the folder `name`, or the built-in images if `name` is "synthetic". Raise UserError.
+    """Load the dataset in the folder `name`, or the built-in images if `name` is "synthetic".
 
-    If there is neither the original nor class folders, CIFAR-10 is downloaded into the folder.
+    If the folder holds neither the original nor class folders, CIFAR-10 is downloaded into it. Raises UserError if
+    that fails or the dataset cannot be read.
     """
     if name == "synthetic":
         return Data(*make_synthetic(), "synthetic")
     root = Path(name)
     if root.is_file():
-        raise UserError(f"--data {name} is a file; name the folder that it lies in")
+        raise UserError(f"--data {name} is a file; name the folder it is in")
     if root.name == CIFAR10.base_folder:
         root = root.parent
     original = (root / CIFAR10.base_folder).is_dir() or (root / CIFAR10.filename).is_file()
@@ -88,7 +90,7 @@ def check_is_free(root: Path) -> None:
         raise UserError(
             f"{root} holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}, but no {CIFAR10.filename}, no "
             f"{CIFAR10.base_folder} and no train/ and test/ with class folders; name a folder that holds one of these, "
-            "or a new one, into which CIFAR-10 is downloaded"
+            "or a new one to download CIFAR-10 into"
         )
 
 
@@ -99,10 +101,10 @@ def read_original(
     sha256: str = CIFAR10_SHA256,
     dataset: type[CIFAR10] = CIFAR10,
 ) -> Data:
-    """Load CIFAR-10 as its authors publish it, `cifar-10-batches-py`, downloaded and unpacked first if need be.
+    """Load CIFAR-10 as its authors publish it, `cifar-10-batches-py`. Download and unpack it first if necessary.
 
-    The archive is unpacked only if its SHA-256 is `sha256`, and a member is unpickled only if its MD5 is the one that
-    `dataset`, torchvision's class, lists. Raises UserError otherwise.
+    The archive is unpacked only if its SHA-256 is `sha256`. A member is unpickled only if its MD5 is the one listed by
+    `dataset`, torchvision's class. Raises UserError otherwise.
     """
     folder, archive = root / dataset.base_folder, root / dataset.filename
     if not folder.is_dir():
@@ -119,7 +121,7 @@ def read_original(
 def read_class_folders(root: Path) -> Data:
     """Load the images in `train/<class>/` and `test/<class>/`, as torchvision's ImageFolder finds them.
 
-    Every file that Pillow has a format for is read, except hidden ones, and must be 32x32; grey and palette images
+    Every file in a format that Pillow reads is loaded, except hidden ones, and must be 32x32. Grey and palette images
     become RGB. Raises UserError, which names the folder or file, for anything else.
     """
     files = {split: list_images(root / split) for split in ("train", "test")}
@@ -143,7 +145,7 @@ def read_class_folders(root: Path) -> Data:
 def list_images(folder: Path) -> dict[str, list[str]]:
     """Return the paths of the images under each class folder, by the folder's name."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; class folders lie in train/<class>/ and test/<class>/")
+        raise UserError(f"{folder} is missing; the images belong in train/<class>/ and test/<class>/")
     images = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
@@ -152,9 +154,9 @@ def list_images(folder: Path) -> dict[str, list[str]]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Return the paths of the files under `folder` that Pillow has a format for, except hidden ones.
+    """Return the paths of the files under `folder` in a format that Pillow reads, except hidden ones.
 
-    Raises UserError if there is none, or if a link below leads to another folder: its images might be another class's.
+    Raises UserError if there are none, or if there is a link to a folder, whose images might belong to another class.
     """
     Image.init()
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -164,7 +166,7 @@ def find_images(folder: Path) -> list[str]:
             continue
         for link in (os.path.join(parent, name) for name in folders if name[0] != "."):
             if os.path.islink(link):
-                raise UserError(f"{link} is a link to a folder; put its images there, or take it out")
+                raise UserError(f"{link} is a link to a folder; replace it with its images, or remove it")
         images += [
             os.path.join(parent, name)
             for name in sorted(names)
@@ -176,24 +178,25 @@ def find_images(folder: Path) -> list[str]:
 
 
 def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
-    """Return an image's pixels, uint8 of shape (32, 32, 3). Raise UserError if it is no image of 8 bits a channel.
+    """Return an image's pixels: uint8 of shape (32, 32, 3). Raise UserError if it is not an image of 8 bits a channel.
 
-    An image of another size is refused, or with `resize` averaged over boxes, all of it, whatever its shape.
+    An image of another size is refused, unless `resize` is set. Then all of it is averaged over boxes, whatever its
+    aspect ratio.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} is no file; take it out")  # to read a pipe would wait for ever
+            raise UserError(f"{path} is not a file; remove it")  # reading a pipe would block for ever
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # Pillow's advice on palettes
             if image.size != (32, 32) and not resize:
-                raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize it or take it out")
-            # Modes of 16 and 32 bits a pixel, which convert() would clip to white; 16-bit colours, which Pillow cuts.
+                raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize or remove it")
+            # convert() would clip modes of 16 and 32 bits a pixel to white. Pillow cuts 16-bit colours to 8 bits.
             if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
-                raise UserError(f"{path} has more than 8 bits a channel; convert it or take it out")
-            pixels = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the camera noted it
+                raise UserError(f"{path} has more than 8 bits a channel; convert or remove it")
+            pixels = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the camera noted
             if resize:
                 pixels = pixels.resize((32, 32), Image.Resampling.BOX)
             return np.asarray(pixels)
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything at a damaged file
-        raise UserError(f"{path} is no image that can be read ({error}); repair it or take it out") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+        raise UserError(f"{path} is not a readable image ({error}); repair or remove it") from None

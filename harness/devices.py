@@ -1,4 +1,4 @@
-"""Devices and precisions; how a machine is named and how much memory a process took."""
+"""Devices, precisions, the name of a machine, and the peak memory of a process."""
 
 import ctypes
 import platform
@@ -14,13 +14,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA, then MPS, then the CPU. Raise UserError if there is none."""
+    """Return the device of that name. "auto" is CUDA, else MPS, else the CPU. Raise UserError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
@@ -28,12 +28,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return a key of DTYPES: "auto" is bf16 where the device computes it, else fp16 on CUDA and fp32 elsewhere.
+    """Return a key of DTYPES. "auto" is bf16 if the device computes it, else fp16 on CUDA and fp32 elsewhere.
 
     Raises UserError for fp16 on the CPU.
     """
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 is for GPUs; take bf16 or fp32 on the CPU")
+        raise UserError("--precision fp16 is for GPUs; use bf16 or fp32 on the CPU")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def name_precision(dtype: torch.dtype) -> str:
 
 
 def autocast(images: torch.Tensor) -> torch.autocast:
-    """Return the context in which a network computes in the precision that its images come in."""
+    """Return the context in which a network computes in its images' precision."""
     return torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32)
 
 
@@ -78,13 +78,13 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the most memory that this process has held, in MB: "resident", and "cuda" for PyTorch's on a GPU."""
+    """Return the peak memory of this process in MB: "resident", and "cuda" for PyTorch's on a GPU."""
     peak = {}
-    if sys.platform == "linux":  # whose ru_maxrss counts the process that has started this one as well
+    if sys.platform == "linux":  # where ru_maxrss includes the process that started this one
         status = Path("/proc/self/status").read_text()
         peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
     elif sys.platform == "darwin":
-        import resource  # which Windows has not
+        import resource  # not on Windows
 
         peak["resident"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes
     if device.type == "cuda":

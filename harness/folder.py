@@ -1,4 +1,4 @@
-"""The folder of a run: which process it belongs to, the new folder that takes its place, and its files."""
+"""The folder of a run: its lock, its owner, its replacement by a new run, and its files."""
 
 import itertools
 import os
@@ -10,19 +10,19 @@ from filelock import FileLock, Timeout
 from harness.files import read_checkpoint, sync_folder, write_atomically
 from harness.terminal import IN_USE, UserError
 
-OWNER = ".owner"  # the process that a folder belongs to, and a word that no other process has
+OWNER = ".owner"  # a file: the process that the folder belongs to, and a word unique to it
 
 
 class RunFolder:
-    """The folder of a run. From `lock` on its name is this process's, from `own` or `begin` on what lies there is."""
+    """The folder of a run. `lock` reserves its name for this process. `own` or `begin` then claims its content."""
 
     def __init__(self, path: Path):
         self.path, self.held, self.owner = path, None, f"{os.getpid()} {uuid.uuid4().hex}"
 
     def lock(self) -> None:
-        """Take the name until the process ends, even if it is killed.
+        """Take the folder's name until the process ends, even if it is killed.
 
-        Raises UserError if another process has it, or nothing can be written there.
+        Raises UserError if another process has the name, or if nothing can be written there.
         """
         if self.held:
             return
@@ -34,39 +34,39 @@ class RunFolder:
         except Timeout:
             owner = self.path / OWNER
             who = f"process {owner.read_text().split()[0]}" if owner.exists() else "another process"
-            raise UserError(f"{self.path}{IN_USE}{who}; wait for it, or take other --checkpoints") from None
+            raise UserError(f"{self.path}{IN_USE}{who}; wait for it, or use other --checkpoints") from None
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}; take other --checkpoints") from None
+            raise UserError(f"{self.path} cannot be written: {error.strerror}; use other --checkpoints") from None
 
     def release(self) -> None:
-        """Give the name back."""
+        """Release the folder's name."""
         if self.held:
-            Path(self.held.lock_file).unlink(missing_ok=True)  # first: whoever has opened it meanwhile, tries again
+            Path(self.held.lock_file).unlink(missing_ok=True)  # first: whoever has opened it meanwhile tries again
             self.held.release()
             self.held = None
 
     def own(self) -> None:
-        """Make what lies there this process's, and remove what a killed process has left half-written."""
+        """Make the folder's content this process's, and remove the half-written files of a killed process."""
         write_atomically(self.path / OWNER, self.owner.encode())
         for unfinished in self.path.glob("*.new"):
             unfinished.unlink()
 
     def check(self) -> None:
-        """Raise UserError if what lies there is not this process's: the folder was moved, or removed, as it ran."""
+        """Raise UserError if the folder is no longer this process's, as it was moved or removed during the run."""
         owner = self.path / OWNER
         if not owner.exists() or owner.read_text() != self.owner:
-            raise UserError(f"{self.path} is no longer this run's: moved or removed, with what was saved in it")
+            raise UserError(f"{self.path} no longer belongs to this run: it was moved or removed with all its files")
 
     def begin(self, files: dict[str, bytes]) -> None:
-        """Put a new folder with these files there; an earlier run moves to a name that nothing has.
+        """Create a new folder with these files, and move an earlier run to a free name.
 
-        The files are on the disk before anything moves: a run that is resumed from a file of the earlier one may be
-        killed at any moment.
+        The files are on the disk before anything moves, because they may come from the earlier run, and this process
+        may be killed at any moment.
         """
         self.lock()
         new = self.path.with_name(f"{self.path.name}.new")
         new.mkdir(exist_ok=True)
-        for leftover in new.iterdir():  # of a process that was killed right here
+        for leftover in new.iterdir():  # of a process that was killed at this point
             leftover.unlink()
         for name, content in {OWNER: self.owner.encode(), **files}.items():
             write_atomically(new / name, content)
@@ -76,7 +76,7 @@ class RunFolder:
         sync_folder(self.path.parent)
 
     def move_earlier_run(self) -> None:
-        """Move what lies there to the next free name, or remove it if there is no file of a run in it."""
+        """Move the folder to the next free name, or remove it if it holds no file of a run."""
         if not self.path.is_symlink() and {path.name for path in self.path.iterdir()} <= {OWNER}:
             (self.path / OWNER).unlink(missing_ok=True)
             self.path.rmdir()
@@ -88,12 +88,12 @@ class RunFolder:
 
 
 def resumable_files(folder: Path) -> list[Path]:
-    """Return last.pt and last.previous.pt of a run's folder, those that exist."""
+    """Return the paths of last.pt and last.previous.pt in a run's folder, if they exist."""
     return [path for path in (folder / "last.pt", folder / "last.previous.pt") if path.exists()]
 
 
 def find_best(folder: Path, row: dict[str, float], network: dict) -> Path | None:
-    """Return the folder's file for inference that is of this row of the log and of this network, or None."""
+    """Return the folder's file for inference that matches this row of the log and this network, or None."""
     for path in (folder / "best.pt", folder / "best.previous.pt"):
         try:
             best = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Commands side by side: their processes, their share of the machine, the lines that they print."""
+"""Commands that run side by side: their processes, their shares of the machine and their output."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Task(NamedTuple):
-    """A command with a name. after: the name of the task that must have succeeded before it, if that is there too."""
+    """A command with a name. after: the name of the task that must succeed first, if it is there too."""
 
     name: str
     command: list[str]
@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
 
 class Worker:
-    """A task's process: its number among those that run, and what it has printed of its next line."""
+    """A task's process, its number among the running ones, and the beginning of its next line."""
 
     def __init__(self, task: Task, number: int, environment: dict[str, str]):
         self.task, self.number, self.rest = task, number, b""
@@ -32,7 +32,7 @@ class Worker:
         )
 
     def read_lines(self) -> list[str] | None:
-        """Return the lines that have come, None at the end of the output."""
+        """Return the lines printed since the last call, or None at the end of the output."""
         block = os.read(self.process.stdout.fileno(), 1 << 16)
         if not block and not self.rest:
             return None
@@ -41,7 +41,7 @@ class Worker:
 
 
 def end_with_parent() -> None:
-    """Let this process be ended by SIGTERM when its parent is killed, on Linux; elsewhere its next line ends it."""
+    """Make Linux send this process SIGTERM when its parent is killed. Elsewhere its next printed line ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -53,11 +53,12 @@ def run_side_by_side(
     report: Callable[[Task, int, str], None],
     finish: Callable[[Task], None],
 ) -> dict[str, str]:
-    """Run the tasks, up to `count` at once; return what went wrong, by the names of the tasks that failed.
+    """Run the tasks, up to `count` at once, and return the errors of the tasks that failed, by name.
 
-    environment: of the worker of that number, from 0 to count - 1. report: called with a task, its worker's number and
-    each of its lines; finish: with each task that has succeeded. A task that fails ends no other, but those that come
-    after it. An exception, a signal's say, ends all of them in order.
+    environment: called with a worker's number, from 0 to count - 1; returns the worker's environment variables. report:
+    called with a task, its worker's number and each of its lines. finish: called with each task that has succeeded. If
+    a task fails, only the tasks that wait for it are left out. An exception, such as a signal's, ends all of them
+    cleanly.
     """
     waiting, running, failed = list(tasks), {}, {}
     numbers, unfinished = set(range(count)), {task.name for task in waiting}
@@ -89,7 +90,7 @@ def run_side_by_side(
                             unfinished.remove(task.name)
         except BaseException:
             for worker in running.values():
-                worker.process.terminate()  # in order: what is saved stays whole
+                worker.process.terminate()  # SIGTERM, so that a run ends cleanly and its files stay whole
             for worker in running.values():
                 worker.process.wait()
             raise

@@ -11,25 +11,25 @@ from harness.processes import RANK, WORLD_SIZE
 from harness.terminal import UserError
 
 SIDE = 32  # pixels
-PIXEL = 3  # bytes: its red, green and blue, which lie together
+PIXEL = 3  # bytes: red, green and blue, side by side
 ROW = SIDE * PIXEL  # bytes
-GROUP = 4  # images that share a transform's draw: one by one it would take 7 % of an epoch of ResNet-18, so 2 %
+GROUP = 4  # images that share a transform's draw, to take 2 % of an epoch of ResNet-18 instead of 7 % one by one
 
 
 class Loader:
-    """Batches (images, labels) of a dataset that lies on the device, for training (in random order) or for testing.
+    """Batches (images, labels) of a dataset on the device, for training (in random order) or for testing.
 
-    images: uint8 of shape (N, 3, 32, 32); labels: int64 of shape (N,). A batch's images are normalised by `mean` and
-    `std`, of the channels of an image with values from 0 to 1, and come as `dtype`, channels-last.
+    images: uint8 of shape (N, 3, 32, 32); labels: int64 of shape (N,). Each batch is normalised by `mean` and `std`,
+    given for each channel and pixel values from 0 to 1, and comes as `dtype`, channels-last.
 
-    `flip` mirrors every second image and `crop` shifts each by up to so many pixels, as torchvision's
-    RandomHorizontalFlip() and RandomCrop(32, padding=crop) do; what comes in at the border is black, or with `reflect`
-    the image's mirror image; `cutout` greys a square of that side around a random pixel (DeVries and Taylor, "Improved
-    Regularization of Convolutional Neural Networks with Cutout", 2017). What an epoch draws depends on (seed, epoch)
-    alone; `set_epoch` sets the epoch. With `flip` "alternating" an image is mirrored in every second epoch, so that two
-    epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024). `transform`, of
-    torchvision.transforms.v2, comes after flip and crop and draws from PyTorch's global generator, which `utils.train`
-    seeds for each epoch.
+    `flip` mirrors half of the images at random, and `crop` shifts each image by up to so many pixels, as torchvision's
+    RandomHorizontalFlip() and RandomCrop(32, padding=crop) do. The pixels that come in at the border are black, or with
+    `reflect` the image's mirror image. `cutout` greys out a square of that side around a random pixel (DeVries and
+    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). With `flip` "alternating", an
+    image is mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29
+    Seconds on a Single GPU", 2024). What an epoch draws depends on the seed and the epoch alone, and `set_epoch` sets
+    the epoch. `transform`, of torchvision.transforms.v2, comes after flip and crop and draws from PyTorch's global
+    generator, which `utils.train` seeds for each epoch.
 
     Raises UserError if there are more processes than images to share, or if `crop` is True.
     """
@@ -53,17 +53,18 @@ class Loader:
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         if crop is True:
-            raise UserError("crop=True: it is a number of pixels now; take crop=4")
+            raise UserError("crop=True: crop is a number of pixels now; use crop=4")
         self.images, self.labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
         self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
         self.training, self.seed, self.epoch = training, seed, 0
         self.flip, self.crop, self.reflect, self.cutout, self.transform = flip, crop, reflect, cutout, transform
-        # Batches whose sizes differ by at most one; no batch of one image, on which batch-norm could not train.
+        # Batch sizes differ by at most one. No batch has one image, on which batch-norm cannot train, unless all have.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
         batches = torch.arange(n).tensor_split(count)
-        # Every process has its share of each batch: in training of an equal size but for one, in testing maybe none.
+        # Every process gets a share of each batch. In training the shares differ by at most one, in testing some may be
+        # empty.
         shared = len(batches[-1]) if training else n
         if shared < WORLD_SIZE:
             images, purpose = "1 image" if shared == 1 else f"{shared} images", "training" if training else "testing"
@@ -71,7 +72,7 @@ class Loader:
         self.smallest_share = shared // WORLD_SIZE
         shares = [(batch.tensor_split(WORLD_SIZE)[RANK], len(batch)) for batch in batches]
         shares = [(share, size) for share, size in shares if len(share)]
-        self.positions = torch.cat([share for share, _ in shares])  # in the epoch's order, of this process's images
+        self.positions = torch.cat([share for share, _ in shares])  # of this process's images, in the epoch's order
         self.batch_sizes = [len(share) for share, _ in shares]
         # DDP averages over ranks. Weighting each loss by its share of the batch makes that the average over images.
         self.weights = [WORLD_SIZE * len(share) / size for share, size in shares]
@@ -84,7 +85,7 @@ class Loader:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Drawn on the CPU, so that every device gets the same.
+        # Drawn on the CPU, so that every device gets the same draws.
         n, generator = len(self.labels), torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(n, generator=generator) if self.training else torch.arange(n)
         flips = torch.randint(2, (n,), generator=generator).bool()
@@ -105,9 +106,9 @@ class Loader:
             start = stop
 
     def prepare(self, order, flips, rows, columns, cut_rows, cut_columns) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images and labels at the indices `order`, augmented by these draws, one an image."""
-        # As rows of bytes, an image each: what lies together in memory, index_select copies as a whole, while indexing
-        # with a tensor goes byte by byte.
+        """Return the images and labels at the indices `order`, augmented with these draws, one for each image."""
+        # Each image is a row of bytes, because index_select copies contiguous memory as a whole, while indexing with a
+        # tensor goes byte by byte.
         images = self.images.permute(0, 2, 3, 1).flatten(1).index_select(0, order)
         if self.crop:
             images = crop(images, rows, columns, self.crop, self.reflect)
@@ -125,10 +126,10 @@ class Loader:
 def crop(
     images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, padding: int, reflect: bool = False
 ) -> torch.Tensor:
-    """Return of each image, with `padding` pixels around it, the 32x32 window with this top left corner.
+    """Return, for each image, the 32x32 window of the padded image whose top left corner is at (row, column).
 
-    images: uint8 of shape (N, 3072), an image's bytes row by row; rows, columns: int64 of shape (N,). The pixels
-    around the image are black, or with `reflect` its mirror image.
+    images: uint8 of shape (N, 3072), an image's bytes row by row; rows, columns: int64 of shape (N,). The `padding`
+    pixels around the image are black, or with `reflect` its mirror image.
     """
     n, device, side = len(images), images.device, SIDE + 2 * padding
     if reflect:
@@ -136,14 +137,14 @@ def crop(
         padded = mirror_ends(lines.unflatten(2, (SIDE, PIXEL)), padding, dim=2)
     else:
         padded = F.pad(images.view(n, SIDE, ROW), (PIXEL * padding, PIXEL * padding, padding, padding))
-    lines = padded.flatten().unfold(0, ROW, PIXEL)  # any 32 pixels in a row of all images, a view
+    lines = padded.flatten().unfold(0, ROW, PIXEL)  # a view: any 32 consecutive pixels
     corners = torch.arange(0, side * side * n, side * side, device=device) + side * rows + columns
-    window = corners[:, None] + torch.arange(0, side * SIDE, side, device=device)  # where its lines begin
+    window = corners[:, None] + torch.arange(0, side * SIDE, side, device=device)  # where the window's lines begin
     return lines.index_select(0, window.flatten()).view(n, SIDE * ROW)
 
 
 def mirror_ends(images: torch.Tensor, padding: int, dim: int = 1) -> torch.Tensor:
-    """Return images, longer by `padding` mirrored pixels at both ends of a dimension; F.pad does not reflect uint8."""
+    """Return the images with `padding` mirrored pixels at both ends of a dimension. F.pad does not reflect uint8."""
     first, last = images.narrow(dim, 1, padding), images.narrow(dim, -1 - padding, padding)
     return torch.cat([first.flip(dim), images, last.flip(dim)], dim)
 
@@ -151,12 +152,12 @@ def mirror_ends(images: torch.Tensor, padding: int, dim: int = 1) -> torch.Tenso
 def flip(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """Return the images, bytes as in `crop`, mirrored where `flips`, bool of shape (N,), is true."""
     mirrored = images.view(-1, SIDE, SIDE, PIXEL).flip(2).flatten(1)
-    # torch.where goes value by value: as int64 it takes 8 bytes at a time.
+    # torch.where goes value by value, so int64 values make it take 8 bytes at a time.
     return torch.where(flips[:, None], mirrored.view(torch.int64), images.view(torch.int64)).view(torch.uint8)
 
 
 def transform_groups(images: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return the images, bytes as in `crop`, as `transform` gives them, which draws once for GROUP of them.
+    """Return the images, bytes as in `crop`, transformed with one draw of `transform` for each GROUP of images.
 
     transform: of torchvision.transforms.v2; takes and returns uint8 of shape (N, 3, 32, 32).
     """
@@ -165,7 +166,7 @@ def transform_groups(images: torch.Tensor, transform: Callable[[torch.Tensor], t
 
 
 def cut_out(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, side: int) -> None:
-    """Set a square around (row, column) to 0 in each image, the mean's grey, where it lies inside the image.
+    """Set a square around (row, column) of each image to 0, the mean colour, where it lies inside the image.
 
     images: normalised, of shape (N, 3, 32, 32); rows, columns: int64 of shape (N,), from 0 to 31.
     """
@@ -175,5 +176,5 @@ def cut_out(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, sid
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a 32-bit seed for the draws of one epoch, all that PyTorch's CPU generator takes."""
+    """Return a seed for the draws of one epoch. It has 32 bits, all that PyTorch's CPU generator takes."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""The Muon optimizer: for convolutions, steps whose directions all have the same size."""
+"""The Muon optimizer, whose steps for convolutions have the same size in every direction."""
 
 from collections.abc import Iterable
 
@@ -6,17 +6,17 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum which orthogonalises the step of each convolution and keeps its weights' norm.
+    """SGD with Nesterov momentum that orthogonalises the step of each convolution and keeps its weights' norm.
 
     Taken as a matrix with a row for each output channel, the step of a convolution gets singular values of about 1,
-    and the weights get the norm of a matrix whose rows have length 1. Other parameters, those without four dimensions,
-    take a step of plain SGD (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
+    and the weights get the norm of a matrix whose rows have length 1. Parameters without four dimensions take a step of
+    plain SGD (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
     """
 
     def __init__(
         self, params: Iterable, lr: float, momentum: float, weight_decay: float = 0, dtype: torch.dtype = torch.float32
     ):
-        """Take the settings of the groups. dtype: in which the steps are orthogonalised."""
+        """Take the default settings of the groups. dtype: the precision in which the steps are orthogonalised."""
         self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """Return the matrix with its singular values brought to about 1.
 
-    Three steps of a Newton-Schulz iteration, whose coefficients raise small singular values fastest (the source above).
+    Three steps of a Newton-Schulz iteration do this. Its coefficients raise small singular values fastest (see Muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / (matrix.norm() + 1e-7)

@@ -1,4 +1,4 @@
-"""How many operations a network's training takes."""
+"""The number of operations that a network's training takes."""
 
 import copy
 import math
@@ -10,20 +10,20 @@ SIDE = 32  # pixels
 
 
 def petaflop(model: nn.Module, images: int) -> float:
-    """Return the operations of training on so many images, in 10^15."""
+    """Return the operations of training on this many images, in 10^15."""
     return images * count_operations(model) / 1e15
 
 
 def count_operations(model: nn.Module) -> int:
-    """Return the floating-point operations of training on one image: those of convolutions and matrix products.
+    """Return the floating-point operations of convolutions and matrix products in training on one image.
 
-    A multiplication and an addition are two. Counted on the "meta" device, which computes nothing, so that it does not
-    matter how a device computes a layer.
+    A multiplication and an addition are two. They are counted on the "meta" device, which computes nothing, so that it
+    does not matter how a device computes a layer.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second, which every start would take
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it would add 0.1 s to every start
 
     shadow = copy.deepcopy(model).to("meta").train()
-    images = torch.empty(2, 3, SIDE, SIDE, device="meta")  # batch-norm cannot train on one
+    images = torch.empty(2, 3, SIDE, SIDE, device="meta")  # batch-norm cannot train on one image
     own = {torch.ops.aten.convolution_backward: convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         shadow(images).sum().backward()
@@ -31,6 +31,6 @@ def count_operations(model: nn.Module) -> int:
 
 
 def convolution_backward(gradient: torch.Size, images: torch.Size, weight: torch.Size, *arguments, out_shape) -> int:
-    """Return the operations of a convolution's gradients; torch 2.14 counts a depthwise one as if it had no groups."""
-    wanted = arguments[-1]  # of the images, the weights and the biases
+    """Return the operations of a convolution's gradients. torch 2.14 counts a depthwise one as if it had no groups."""
+    wanted = arguments[-1]  # whether gradients of images, weights and biases are wanted
     return 2 * math.prod(gradient) * math.prod(weight[1:]) * (wanted[0] + wanted[1])

@@ -1,4 +1,4 @@
-"""The processes that torchrun has started: their ranks, their group, sums and broadcasts over it."""
+"""The processes started by torchrun: their ranks, their group, and sums and broadcasts over it."""
 
 import datetime
 import io
@@ -18,9 +18,9 @@ if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.envi
 
 
 def join_processes(device: torch.device) -> None:
-    """Join the group of the processes that torchrun has started; from here on only rank 0 prints.
+    """Join the group of torchrun's processes. From here on only rank 0 prints.
 
-    device: the one that this process trains on.
+    device: the device that this process trains on.
     """
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=1)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
@@ -31,9 +31,10 @@ def join_processes(device: torch.device) -> None:
 
 
 def agree_on_name(store: dist.Store) -> str:
-    """Return a name for this start of the group: rank 0's, once every rank has read it.
+    """Return rank 0's name for this start of the group, once every rank has read it.
 
-    After a restart torchrun's store still holds the addresses of the earlier processes (pytorch issue 167288).
+    It is needed because after a restart torchrun's store still holds the addresses of the earlier processes (pytorch
+    issue 167288).
     """
     own_name = uuid.uuid4().hex
     if RANK == 0:
@@ -42,7 +43,7 @@ def agree_on_name(store: dist.Store) -> str:
         store.set(f"{own_name}/complete", " ".join(others))
         return own_name
     while True:
-        name = store.get("start").decode()  # an earlier start's, as long as this one's rank 0 has not come
+        name = store.get("start").decode()  # an earlier start's, until this start's rank 0 has set its own
         store.set(f"{name}/{RANK}", own_name)
         if store.check([f"{name}/complete"]) and own_name in store.get(f"{name}/complete").decode():
             return name
@@ -71,9 +72,9 @@ def add_over_processes(tensor: torch.Tensor) -> None:
 
 
 def broadcast(value: object, device: torch.device) -> object:
-    """Return rank 0's `value` in every process, its tensors on the CPU; the other ranks' own is ignored.
+    """Return rank 0's `value` in every process, with its tensors on the CPU. The other ranks' values are ignored.
 
-    value: what torch.load reads with weights_only=True.
+    value: anything that torch.load reads with weights_only=True.
     """
     if WORLD_SIZE == 1:
         return value
@@ -93,7 +94,7 @@ def gather(value: object) -> list:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers: batch-norm's statistics differ between processes that train."""
+    """Give every process rank 0's buffers. While processes train, their batch-norm statistics differ."""
     if WORLD_SIZE > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""The recipe: all that makes a run's experiment, under plain names, and how two of them differ."""
+"""The recipe: all that defines a run's experiment, under plain names, and how two recipes differ."""
 
 import argparse
 import re
@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from harness.files import sha256_of
 from harness.terminal import UserError
 
-# What a run may change as it goes on, or what depends on the machine. The rates are compared as LR.
+# Settings that may change during a run, or that depend on the machine. The learning rates are compared as LR.
 LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
 IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
-DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # constants that a common flag replaces; its own value is compared
+DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # a common flag replaces these constants, and its value is compared
 AUGMENTATION = ("flip", "crop", "reflect", "cutout", "transform")  # attributes of a Loader
 LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
 
@@ -24,9 +24,9 @@ LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and
 def describe_recipe(
     experiment: str, args: argparse.Namespace, data, train_loader, train_step, scheduler: LRScheduler | None
 ) -> dict:
-    """Return the recipe, of plain values: what must agree before a run is resumed.
+    """Return the recipe, as plain values. It must agree before a run is resumed.
 
-    experiment: the run's name without its seed. The other arguments are those of Checkpoints, not yet resumed.
+    experiment: the run's name without its suffix. The other arguments are as for Checkpoints, before it resumes.
     """
     names = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.isupper()}
     model, criterion = train_step.model, train_step.criterion
@@ -50,13 +50,13 @@ def describe_recipe(
 
 
 def describe_script() -> dict[str, str | None]:
-    """Return the script's name and its SHA-256; they are recorded, not compared, since a comment may change."""
+    """Return the script's name and SHA-256. They are recorded but not compared, since a comment may change."""
     path = Path(sys.argv[0])
     return {"name": path.name, "sha256": sha256_of(path) if path.is_file() else None}
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> dict:
-    """Return the optimizer's name and its settings; the rate of a group as a multiple of `lr`."""
+    """Return the optimizer's name and settings, with each group's learning rate as a multiple of `lr`."""
     groups = []
     for group in optimizer.param_groups:
         multiple = round(float(group.get("initial_lr", group["lr"])) / lr, 6)
@@ -67,14 +67,14 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, lr: float) -> dict:
 
 
 def describe_scheduler(scheduler: LRScheduler | None, epochs: int, steps: int = 1) -> dict:
-    """Return the scheduler's name and its settings, those of a LambdaLR as its factors at the start of each epoch.
+    """Return the scheduler's name and settings. A LambdaLR's are its factors at the start of each epoch.
 
-    steps: how often it is stepped in an epoch.
+    steps: the number of scheduler steps in an epoch.
     """
     if not scheduler:
         return {"name": None}
     name = type(scheduler).__name__
-    if isinstance(scheduler, LambdaLR):  # its state leaves the functions out
+    if isinstance(scheduler, LambdaLR):  # whose state leaves out its functions
         return {
             "name": name,
             "factors": [[round(float(f(steps * epoch)), 9) for epoch in range(epochs)] for f in scheduler.lr_lambdas],
@@ -83,7 +83,7 @@ def describe_scheduler(scheduler: LRScheduler | None, epochs: int, steps: int = 
 
 
 def settings(values: dict, without: set[str]) -> dict:
-    """Return the plain values of a dict but for private names, tensors and what is in `without`."""
+    """Return the plain values of a dict, except private names, tensors and the names in `without`."""
     return {
         name: plain(value, without)
         for name, value in values.items()
@@ -92,7 +92,7 @@ def settings(values: dict, without: set[str]) -> dict:
 
 
 def plain(value: object, without: set[str] = frozenset()) -> object:
-    """Return the value as JSON has it: what JSON lacks becomes a list or a text."""
+    """Return the value in JSON's types. Any other type becomes a list or a string."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def plain(value: object, without: set[str] = frozenset()) -> object:
         return [plain(member, without) for member in value]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    if hasattr(value, "tolist"):  # of NumPy and PyTorch
+    if hasattr(value, "tolist"):  # from NumPy or PyTorch
         return plain(value.tolist())
     if callable(value) and not isinstance(value, nn.Module):
         value = getattr(value, "__qualname__", value)
@@ -109,7 +109,7 @@ def plain(value: object, without: set[str] = frozenset()) -> object:
 
 
 def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
-    """Return the values of nested dicts, each by the names that lead to it."""
+    """Return the values of nested dicts, each under the tuple of names that lead to it."""
     flat = {}
     for name, value in recipe.items():
         flat |= flatten(value, (*names, name)) if isinstance(value, dict) else {(*names, name): value}
@@ -117,26 +117,26 @@ def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
 
 
 def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str]) -> None:
-    """Raise UserError if the recipe in the checkpoint `path` differs from ours; print what it lacks.
+    """Raise UserError if the recipe in the checkpoint `path` differs from ours. Print the names that it lacks.
 
     may_differ: see `first_difference`.
     """
-    if theirs.get("holdout", False) != ours["holdout"]:  # before the data, which differ by it
+    if theirs.get("holdout", False) != ours["holdout"]:  # before the data, which depends on it
         raise UserError(
-            f"{path} is of a run {'with' if theirs.get('holdout') else 'without'} --holdout; make them agree"
+            f"{path} is from a run {'with' if theirs.get('holdout') else 'without'} --holdout; make them agree"
         )
     if theirs["data"] != ours["data"]:
-        raise UserError(f"{path} was trained on other data; take the same --data, or start without --resume")
+        raise UserError(f"{path} was trained on other data; use the same --data, or start without --resume")
     if unknown := [name for name, value in ours.items() if value and name not in theirs]:
-        print(f"{path} is of an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
+        print(f"{path} is from an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
     if difference := first_difference(theirs, ours, may_differ):
-        raise UserError(f"{path} is of a run with {difference}; make them agree, or start without --resume")
+        raise UserError(f"{path} is from a run with {difference}; make them agree, or start without --resume")
 
 
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
-    """Return what differs first between two recipes, as words for an error, or None.
+    """Return the first difference between two recipes, worded for an error, or None.
 
-    may_differ: names of constants or of the recipe's own values. A section that one of them lacks is not compared.
+    may_differ: names of constants or of the recipe's own values. A section that only one recipe has is not compared.
     """
     common = theirs.keys() & ours.keys()
     one, other = (flatten({name: recipe[name] for name in ours if name in common}) for recipe in (theirs, ours))
@@ -163,10 +163,10 @@ def shorten(value: object) -> str:
 
 
 def today(recipe: dict) -> dict:
-    """Return a recipe that an earlier version wrote, under today's names; it has fewer of them."""
+    """Return a recipe from an earlier version under today's names. It may lack some."""
     if "constants" in recipe:
         augmentation = recipe.get("augmentation")
-        if isinstance(augmentation, dict) and augmentation.get("crop") is True:  # of 4 pixels, the only one there was
+        if isinstance(augmentation, dict) and augmentation.get("crop") is True:  # 4 pixels, the only crop at that time
             return recipe | {"augmentation": augmentation | {"crop": 4}}
         return recipe
     optimizer = {"name": recipe.get("optimizer")}

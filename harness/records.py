@@ -1,4 +1,4 @@
-"""What a run prints and leaves of its figures: the epoch's line, the table, log.csv, run.json, TensorBoard's events."""
+"""The figures that a run prints and keeps: the epoch's line, the table, log.csv, run.json, TensorBoard's events."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ TUTORIAL_NAMES = {"airplane": "plane", "automobile": "car"}  # as the official t
 class Records:
     """The figures of a run, in its folder: `rows` of log.csv, one for each epoch, and the record of a complete run.
 
-    images: what the run is tested on, as the table names it, such as "test".
+    images: the table's name for the images that the run is tested on, such as "test".
     """
 
     def __init__(self, folder: Path, images: str, tensorboard: bool):
@@ -32,13 +32,13 @@ class Records:
         self.events = EventLog(folder / "tensorboard") if tensorboard else None
 
     def begin_epoch(self, lr: float) -> None:
-        """Start the clock of an epoch, which is trained at this learning rate."""
+        """Start the clock of an epoch that is trained at this learning rate."""
         self.began, self.lr = time.monotonic(), lr
 
     def add_epoch(
         self, epoch: int, train_metrics: tuple[float, float], test_metrics: tuple[float, float], next_lr: float
     ) -> dict[str, float]:
-        """Add a row of these (loss, accuracy in percent) and return it; the next epoch begins."""
+        """Add a row of these (loss, accuracy in percent), begin the next epoch, and return the row."""
         names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
         figures = dict(zip(names, (*train_metrics, *test_metrics), strict=True))
         row = {"epoch": epoch, "lr": self.lr, **figures, "seconds": time.monotonic() - self.began}
@@ -51,7 +51,7 @@ class Records:
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
     def report_epoch(self, epochs: int) -> None:
-        """Give the last row to TensorBoard; print it on one line, unless on a terminal, where the bars show it."""
+        """Give the last row to TensorBoard. Print it on one line, except on a terminal, where the bars show it."""
         if self.events:
             self.events.write(self.rows)
         if sys.stdout.isatty():
@@ -78,7 +78,7 @@ class Records:
         print(f"{', '.join(names)} and run.json are in {self.folder}")
 
     def write_log(self) -> None:
-        """Write log.csv anew."""
+        """Write all rows to log.csv."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
         writer.writeheader()
@@ -102,7 +102,7 @@ class Records:
 
 
 def describe_network(model, data, train_loader) -> dict:
-    """Return what a file says of its weights: the network, its classes, and what its images are normalised with."""
+    """Return the entries about the network in its files: its name, arguments, classes, normalisation and data."""
     return {
         "model": type(model).__name__,
         "arguments": getattr(model, "arguments", {}),
@@ -148,7 +148,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def git_commit() -> str | None:
-    """Return the commit of these scripts, with a "+" if they have been changed since; None without git."""
+    """Return the commit of these scripts, with a "+" if they have been changed since, or None without git."""
     git = ["git", "-C", Path(__file__).parent.parent]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -165,7 +165,7 @@ class EventLog:
         self.folder, self.writer = folder, None
 
     def write(self, rows: list[dict[str, float]]) -> None:
-        """Add the last row. The first call writes all rows anew, since an interrupted run may have left others."""
+        """Add the last row. The first call rewrites all rows, since an interrupted run may have left others."""
         new_rows = rows[-1:]
         if not self.writer:
             from torch.utils.tensorboard import SummaryWriter  # a package that only this needs

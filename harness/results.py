@@ -1,4 +1,4 @@
-"""The records of finished runs: read, summed up, compared, and as the tables of README and terminal."""
+"""The records of finished runs: reading, summarising and comparing them, and tables for the README and terminal."""
 
 import functools
 import json
@@ -14,7 +14,10 @@ Machines = dict[str, dict[str, list[dict]]]  # the records by machine, then by r
 
 
 def read_records(own_folder: Path | None = None) -> Machines:
-    """Return the records by machine, a folder of results/ or `own_folder`, then by row, one for each seed."""
+    """Return the records by machine, then by row, one for each seed.
+
+    A machine is a folder of results/ or `own_folder`.
+    """
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
     if own_folder and own_folder.resolve() not in folders:
         folders.append(own_folder)
@@ -29,7 +32,10 @@ def read_records(own_folder: Path | None = None) -> Machines:
 
 @functools.cache
 def read_record(path: Path) -> dict | None:
-    """Return the record of a run; None, and a line, if the file is none, as after a merge with conflicts."""
+    """Return the record of a run.
+
+    If the file is not a record, as after a merge with conflicts, print a line and return None.
+    """
     try:
         record = json.loads(path.read_text())
         figures = [record[key] for key in ("accuracy", "best_accuracy", "seconds")]
@@ -40,7 +46,7 @@ def read_record(path: Path) -> dict | None:
             return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    print(f"{path} is no record of a run; passed over", flush=True)
+    print(f"{path} is not a record of a run; skipped", flush=True)
     return None
 
 
@@ -50,7 +56,7 @@ def records_of(folder: Path, name: str) -> list[dict]:
 
 
 def training_seconds(record: dict) -> float:
-    """Return the time of a run: its median epoch times the number of epochs, so that work beside it does not count."""
+    """Return a run's time: its median epoch times the number of epochs, so that other work beside it does not count."""
     return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
 
 
@@ -62,9 +68,9 @@ def minutes(seconds: float) -> str:
 
 
 def summary(records: list[dict], key: str = "accuracy") -> str:
-    """Return the accuracy of a row's records in percent: of one seed, or the mean, the standard deviation and n.
+    """Return the accuracy of a row's records in percent, as text.
 
-    Behind them, in brackets, is the 95 % confidence interval of the mean.
+    For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     """
     values = [record[key] for record in records]
     if len(values) < 2:
@@ -75,9 +81,9 @@ def summary(records: list[dict], key: str = "accuracy") -> str:
 
 
 def comparison(targets: dict[str, float], machines: Machines) -> str:
-    """Return a table for the terminal: the accuracy of the last epoch, in percent, on each machine.
+    """Return a table for the terminal: the last epoch's accuracy in percent on each machine.
 
-    targets: of each row of the table, in percent, by its name.
+    targets: the target of each row in percent, by the row's name.
     """
     lines = [["row", "target", *machines]]
     for name, target in targets.items():
@@ -88,7 +94,7 @@ def comparison(targets: dict[str, float], machines: Machines) -> str:
 
 
 def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str:
-    """Return what the records say of two rows, or of these rows in two folders of results, A first, then B.
+    """Return how `other` compares with `one`: two rows, or two folders of results with rows of these names.
 
     Raises UserError if one of them has fewer than two records.
     """
@@ -100,26 +106,26 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
         shared = [name for name in names if all(any(folder.glob(f"{name}-seed*.json")) for folder in folders)]
         groups = [(name, *(records_of(folder, name) for folder in folders)) for name in shared]
     if not groups:
-        raise UserError(f"--compare {one} {other}: no two rows, and no two folders with records of one row")
+        raise UserError(f"--compare {one} {other}: neither two rows nor two folders with records of the same row")
     for name, *pair in groups:
         if min(map(len, pair)) < 2:
-            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison takes two seeds each")
+            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison needs two seeds each")
         values = [[record["accuracy"] for record in records] for records in pair]
         lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
     return "\n".join(lines)
 
 
 def verdict(found: Difference) -> str:
-    """Return in a sentence what a difference says of the second of two."""
+    """Return a sentence on how the second of two compares with the first."""
     told = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]: the second is "
     if found.low > 0 or found.high < 0:
         return told + ("better" if found.mean > 0 else "worse")
-    needed = f"some {found.seeds:.0f} seeds each would tell" if found.seeds < 1e6 else "no number of seeds would tell"
-    return told + f"not to be told apart from the first with so many seeds; {needed} a difference of this size"
+    needed = f"about {found.seeds:.0f} seeds each would show" if found.seeds < 1e6 else "no number of seeds would show"
+    return told + f"not distinguishable from the first with this many seeds; {needed} a difference of this size"
 
 
 def results_table(rows, machines: Machines) -> str:
-    """Return the README's table of results, in Markdown. rows: of reproduce.py, with command and target, by name."""
+    """Return the README's table of results, in Markdown. rows: reproduce.py's, by name, with command and target."""
     lines = [
         "| command | target | last epoch | best epoch | epochs | time | machine |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -140,7 +146,7 @@ def results_table(rows, machines: Machines) -> str:
 
 
 def by_class_table(targets: dict[str, float], machines: Machines) -> str:
-    """Return the README's table of r3's accuracy by class, in Markdown."""
+    """Return the table of r3's accuracy by class, in Markdown."""
     lines = ["| | " + " | ".join(targets) + " |", "| --- |" + " --- |" * len(targets)]
     lines.append("| target | " + " | ".join(f"{value:.1f}" for value in targets.values()) + " |")
     for machine, rows in machines.items():

@@ -1,15 +1,15 @@
-"""What several seeds say: the mean with its confidence interval, and the difference between two means."""
+"""Statistics of several seeds: the mean with its confidence interval, and the difference between two means."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided interval of 95 %
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95 % interval
 
 
 class Difference(NamedTuple):
-    """The difference of two means, its interval of 95 %, and the seeds of each that would tell it from 0."""
+    """The difference of two means, its 95 % interval, and the seeds each that would distinguish it from 0."""
 
     mean: float
     low: float
@@ -18,9 +18,9 @@ class Difference(NamedTuple):
 
 
 def t_quantile(degrees: float) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, from 3 on to 0.004.
+    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, within 0.004 from 3 on.
 
-    The series is Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5; a fraction is Welch's.
+    The series is Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5. Fractions come from Welch's test.
     """
     if degrees < 2:
         return math.tan(math.pi * 0.475) if degrees <= 1 else t_between(1, 2, degrees)
@@ -38,7 +38,7 @@ def t_quantile(degrees: float) -> float:
 
 
 def t_between(low: int, high: int, degrees: float) -> float:
-    """Return the quantile between two whole degrees of freedom, linear in 1 / degrees."""
+    """Return the quantile between two whole degrees of freedom, interpolated linearly in 1 / degrees."""
     share = (1 / low - 1 / degrees) / (1 / low - 1 / high)
     return (1 - share) * t_quantile(low) + share * t_quantile(high)
 
@@ -50,7 +50,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """Return how much the mean of `other` is above that of `one`, two values or more each (Welch, 1947)."""
+    """Return the difference of the means, `other` minus `one`, of two values or more each (Welch, 1947)."""
     mean = statistics.mean(other) - statistics.mean(one)
     errors = [statistics.variance(values) / len(values) for values in (one, other)]
     error = math.sqrt(sum(errors))
@@ -58,6 +58,6 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
         return Difference(mean, mean, mean, 2)
     terms = (e**2 / (len(values) - 1) for e, values in zip(errors, (one, other), strict=True))
     half = t_quantile(sum(errors) ** 2 / sum(terms)) * error
-    # As many seeds each, with these standard deviations, as make the interval as wide as the difference.
+    # With this many seeds each and these standard deviations, the interval would just reach 0.
     needed = Z**2 * sum(statistics.variance(values) for values in (one, other)) / mean**2 if mean else math.inf
     return Difference(mean, mean - half, mean + half, max(2, needed))

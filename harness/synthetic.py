@@ -1,4 +1,4 @@
-"""The built-in images, for a machine that reaches no mirror of CIFAR-10."""
+"""The built-in images, for a machine that cannot reach any mirror of CIFAR-10."""
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ def make_synthetic() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
     """Return training images and labels, test images and labels, and the classes: ten shapes in random places.
 
     Images: uint8 of shape (10000 or 2000, 3, 32, 32), channels-last; labels: int64. They are the same on every
-    machine: whole numbers from NumPy's legacy generator, whose stream never changes.
+    machine, because they are whole numbers from NumPy's legacy generator, whose stream never changes.
     """
     rng = np.random.RandomState(0)
     y, x = np.mgrid[:32, :32]
     splits = []
-    for count in (1000, 200):  # images a class
+    for count in (1000, 200):  # images for each class
         pixels = np.empty((len(SHAPES), count, 3, 32, 32), np.uint8)
         for shape, out in zip(SHAPES.values(), pixels, strict=True):
             cx, cy, r = (rng.randint(low, high, (count, 1, 1)) for low, high in ((11, 21), (11, 21), (6, 11)))

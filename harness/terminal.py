@@ -1,4 +1,4 @@
-"""What a user sees of a command: its one line of error, its exit status, its progress bar, its plain command line."""
+"""A command as its user sees it: its one line of error, its exit status, its progress bar, its command line."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from harness.processes import RANK, WORLD_SIZE, leave_processes
 
-IN_USE = " is in use by "  # in the error of a run whose folder another run holds, for which a cluster's run waits
+IN_USE = " is in use by "  # in the error if another run holds the folder, after which a run on a cluster tries again
 
 
 class UserError(Exception):
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """Raised by a signal, whose `number` it holds. It is no Exception: no `except Exception` may swallow it."""
+    """Raised by a signal, with its `number`. It is not an Exception, so that `except Exception` does not swallow it."""
 
     def __init__(self, number: int, advice: str):
         super().__init__(f"ended by {signal.Signals(number).name}{advice}")
@@ -30,14 +30,14 @@ class Interrupted(BaseException):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main()`, as the last line of a script, and turn an error into one line on stderr and an exit status.
+    """Call `main()` and turn an error into one line on stderr and an exit status. Scripts end with this call.
 
-    The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, by which a cluster ends a job.
+    The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, with which a cluster ends a job.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # a class name that the locale cannot print ends no run
+    sys.stdout.reconfigure(errors="backslashreplace")  # the locale may be unable to print a class name
     handle_signals()
     try:
         main()
@@ -45,26 +45,26 @@ def run(main: Callable[[], None]) -> None:
     except Interrupted as error:
         exit_with(128 + error.number, str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        exit_with(2, "error: whoever read the output has gone")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would print an error at exit
+        exit_with(2, "error: the program that read the output has ended")
     except UserError as error:
         exit_with(2, f"error: {error}")
-    except OSError as error:  # a file or folder without permission, say
-        where = f"{error.filename}: {error.strerror}; name another path, or change what lies there"
+    except OSError as error:  # such as a file or folder without permission
+        where = f"{error.filename}: {error.strerror}; use another path, or fix this one"
         exit_with(2, f"error: {where if error.filename else error}")
     except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
             exit_with(1, "error: the connection to another process is lost; its own error says why")
-        causes = [error, error.__context__]  # out of memory during a capture is the cause of the error at its end
+        causes = [error, error.__context__]  # running out of memory in a capture causes its final error
         texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
         if not re.search("out of memory|can't allocate memory", " ".join(texts)):
             raise
         where = "the GPU" if "CUDA" in str(causes) else "this machine"
-        exit_with(2, f"error: out of memory on {where}; take a smaller --batch-size")
+        exit_with(2, f"error: out of memory on {where}; use a smaller --batch-size")
 
 
 def handle_signals(advice: str = "") -> None:
-    """Make SIGINT and SIGTERM raise Interrupted, whose message ends with `advice`: how to resume."""
+    """Make SIGINT and SIGTERM raise Interrupted, whose message ends with `advice` on how to resume."""
 
     def interrupt(number, frame):
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -76,19 +76,19 @@ def handle_signals(advice: str = "") -> None:
 
 
 def exit_with(status: int, line: str) -> NoReturn:
-    """Print the line on stderr, behind the script's name, and end this process."""
-    if RANK > 0:  # all ranks share most errors, and rank 0 prints them; then torchrun ends the others right here
+    """Print the script's name and the line on stderr, and end this process."""
+    if RANK > 0:  # rank 0 prints most errors for all ranks, then torchrun ends the others during this sleep
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: {escape_unprintable(line)}", file=sys.stderr, flush=True)
     if WORLD_SIZE > 1:
         sys.stdout.flush()
-        os._exit(status)  # a group that has lost a member may never come to its orderly end
+        os._exit(status)  # a group that has lost a member may never shut down
     sys.exit(status)
 
 
 def escape_unprintable(text: str) -> str:
-    """Return the text on one line: a file's name may hold a newline, which becomes an escape."""
+    """Return the text on one line, with unprintable characters escaped, such as a newline in a file's name."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -98,19 +98,19 @@ def progress_bar(*args, **kwargs) -> tqdm:
 
 
 def nonempty_path(text: str) -> Path:
-    """Return the path that a flag names; an empty one is most often a variable of the shell that is not set."""
+    """Return a flag's path. Refuse an empty one, which usually comes from a shell variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
 def data_folder(text: str) -> str:
-    """Return what --data names, a folder or "synthetic"."""
+    """Return the value of --data, a folder or "synthetic"."""
     return text if text == "synthetic" else str(nonempty_path(text))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's formatter, which takes a help text with a percent sign in it as it stands."""
+    """An argparse formatter that leaves a help text with a percent sign as it is."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         try:
@@ -120,7 +120,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse's parser, which answers a mistake with one line and exit status 2."""
+    """An argparse parser that answers a user error with one line and exit status 2."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)

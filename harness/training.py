@@ -16,15 +16,15 @@ from harness.terminal import UserError, progress_bar
 class TrainStep:
     """One step of training: forward, backward, and the optimizer's update of the weights.
 
-    dtype: the precision that the images come in; float16 needs a gradient scaler. scheduler: one that goes by steps
-    and is stepped after each; a scheduler that goes by epochs is stepped by the script.
+    dtype: the images' precision; float16 needs a gradient scaler. scheduler: stepped after each batch, if given. A
+    scheduler that goes by epochs is stepped by the script instead.
 
-    On CUDA the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed:
-    launching the kernels of such small networks one by one takes a CPU several times as long as a GPU takes to run
-    them. DistributedDataParallel runs without graphs.
+    On CUDA, the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed. The
+    networks are so small that a CPU takes several times as long to launch their kernels one by one as a GPU takes to
+    run them. DistributedDataParallel runs without graphs.
     """
 
-    WARM_UP = 3  # steps before the first capture, in which the libraries set up what must not happen during one
+    WARM_UP = 3  # steps before the first capture, because libraries must not set themselves up during a capture
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class TrainStep:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train on a batch; return its loss, a scalar, and its logits, of shape (N, classes).
+        """Train on a batch and return its loss, a scalar, and its logits, of shape (N, classes).
 
-        weight: of this process's loss among the processes'; see Loader.weights.
+        weight: the weight of this process's loss, see Loader.weights.
         """
         self.steps += 1
         if images.is_cuda and self.steps > self.WARM_UP and WORLD_SIZE == 1:
@@ -66,20 +66,20 @@ class TrainStep:
         """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm cannot train."""
         if smallest_share > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules()):
             return
-        where, enough = (" a process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
+        where, enough = (" per process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
         raise UserError(
-            f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; take {enough} or more"
+            f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; use {enough} or more"
         )
 
     def parameter_names(self) -> list[list[str]]:
-        """Return the names of the optimizer's parameters, by its groups."""
+        """Return the names of the optimizer's parameters, by group."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [[names.get(id(p), "") for p in group["params"]] for group in self.optimizer.param_groups]
 
     def check_state(self, path: Path, checkpoint: dict) -> None:
-        """Raise UserError if the checkpoint's optimizer has its state, which goes by position, of other parameters.
+        """Raise UserError if the checkpoint's optimizer state, which goes by position, is for other parameters.
 
-        checkpoint: with `weights`, `optimizer` and, unless it is of an earlier version, `parameters`, their names.
+        checkpoint: with `weights`, `optimizer` and, unless from an earlier version, the names of its `parameters`.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         same = [*checkpoint["weights"]] == [*self.model.state_dict()]
@@ -92,15 +92,15 @@ class TrainStep:
         if not same:
             raise UserError(
                 f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
-                "and the optimizer's state goes by that order; start without --resume"
+                "and the optimizer's state depends on that order; start without --resume"
             )
 
     def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
-        """Set the learning rate of the first group, scale the other groups' with it, or scale the schedule to it."""
+        """Set the first group's learning rate, and scale the other groups' rates and the schedule with it."""
         first = self.optimizer.param_groups[0]
         before = first.get("initial_lr", first["lr"])
         for group in self.optimizer.param_groups:
-            for name in ("lr", "initial_lr"):  # the second with a schedule, but for ReduceLROnPlateau
+            for name in ("lr", "initial_lr"):  # schedulers add initial_lr, except ReduceLROnPlateau
                 if name in group:
                     group[name] = lr * (group[name] / before)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR
@@ -120,7 +120,7 @@ class TrainStep:
     def replay(self, images, labels):
         if len(labels) not in self.graphs:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
-            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # one at a time needs its memory
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # shared, as one runs at a time
             with torch.cuda.graph(graph, pool):
                 outputs = self.forward_backward(*inputs)
             self.graphs[len(labels)] = graph, inputs, outputs, [p.grad for p in self.model.parameters()]
@@ -129,14 +129,14 @@ class TrainStep:
         inputs[1].copy_(labels)
         graph.replay()
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient  # each graph writes its own
+            parameter.grad = gradient  # each graph writes its own gradients
         return outputs
 
 
 class Meter:
     """The loss and the accuracy of an epoch so far, and its progress bar.
 
-    What a step adds stays on the device; it is fetched, and the loss checked, only when the bar is refreshed.
+    A step's figures stay on the device. They are fetched, and the loss is checked, only when the bar is refreshed.
     """
 
     REFRESH_SECONDS = 0.5
@@ -160,14 +160,14 @@ class Meter:
             self.next_refresh = time.monotonic() + self.REFRESH_SECONDS
 
     def read(self) -> tuple[float, int, int]:
-        """Show mean loss and accuracy so far; return the summed loss, the images that are right, and all so far.
+        """Show the mean loss and accuracy so far, and return the summed loss, the correct images and all images.
 
         Raises UserError if a loss is not finite.
         """
         losses = self.losses[: self.step].cpu()
         bad = losses.isfinite().logical_not().nonzero()
         if len(bad):
-            raise UserError(f"{self.name}: the loss is not finite at step {bad[0].item() + 1}; take a lower --lr")
+            raise UserError(f"{self.name}: the loss is not finite at step {bad[0].item() + 1}; use a lower --lr")
         loss = (losses.double() @ torch.tensor(self.batch_sizes[: self.step], dtype=torch.double)).item()
         right, seen = self.right[: self.seen].sum().item(), self.seen
         self.bar.set_postfix_str(f"loss:{loss / seen:.3f}, accuracy:{100 * right / seen:.3f}", refresh=False)

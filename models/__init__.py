@@ -1,4 +1,4 @@
-"""The networks, one file each. `model.arguments` is what its class was called with, which a checkpoint records."""
+"""The networks, one file each. `model.arguments` holds the constructor's arguments, which a checkpoint records."""
 
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet18

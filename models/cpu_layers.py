@@ -1,4 +1,4 @@
-"""Convolutions that a CPU computes faster in another way; on other devices they are torch's own."""
+"""Convolutions that a CPU computes faster in another way. On other devices they are torch's own."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding and without bias, computed as one linear layer on maps of 2x2 pixels and smaller.
 
-    Those are the last maps of a ResNet on 32x32 images. Most of a kernel sees only padding there, which the CPU's
-    convolution multiplies all the same. A training step of ResNet-18 in bf16 becomes 2.2 times as fast with the
-    imagenet stem and 1.6 times with the cifar stem (two cores of an Intel Xeon with AMX, torch 2.14.1).
+    The last maps of a ResNet on 32x32 images are this small. There most of a kernel sees only padding, which the CPU's
+    convolution multiplies all the same. The linear layer makes a training step of ResNet-18 in bf16 2.2 times as fast
+    with the imagenet stem and 1.6 times with the cifar stem (two cores of an Intel Xeon with AMX, torch 2.14.1).
 
     On larger maps, up to 8x8 pixels, the gradient of the weights is computed on several images side by side in bf16.
     """
@@ -30,7 +30,7 @@ class Conv3x3(nn.Conv2d):
     def as_linear(self, x: torch.Tensor) -> torch.Tensor:
         """Return the convolution's output, computed as one linear layer from all pixels to all pixels."""
         n, channels, *size = x.shape
-        # Of each pair of an output and an input pixel, the row and the column of the kernel that lies between them.
+        # For each pair of an output and an input pixel, the row and the column of the kernel that connect them.
         rows, columns = (
             torch.arange(side) - torch.arange(0, side, stride)[:, None] + 1
             for side, stride in zip(size, self.stride, strict=True)
@@ -45,12 +45,12 @@ class SideBySide(torch.autograd.Function):
     """A 3x3 convolution with padding whose gradient of the weights is computed on several images side by side.
 
     oneDNN adds each image's gradient to the sum in memory. On small maps this takes longer than the multiplications.
-    With 10 images in a row the sum is touched a tenth as often. In bf16 the gradient comes 1.3 to 6 times as fast, and
+    With 10 images in a row the sum is touched a tenth as often. In bf16 the gradient is 1.3 to 6 times as fast, and
     a step of ResNet-18 is 1.2 to 1.3 times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1). In float32,
     where the multiplications take longer, nothing is gained.
     """
 
-    SIDE = 8  # pixels; on larger maps the copy takes what it gains
+    SIDE = 8  # pixels; on larger maps the copy costs as much as it gains
     IMAGES = 10
 
     @staticmethod
@@ -63,15 +63,15 @@ class SideBySide(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
         of_x = conv2d_input(x.shape, weight, gradient, ctx.stride, 1) if ctx.needs_input_grad[0] else None
-        # One column of zeros behind each image's gradient, and as many behind each image as such a column sees.
+        # Each gradient gets a column of zeros, and each image as many as keep it aligned with its gradient.
         x = in_rows(x, ctx.stride[1] * (gradient.shape[3] + 1) - x.shape[3])
         return of_x, conv2d_weight(x, weight.shape, in_rows(gradient, 1), ctx.stride, 1), None
 
 
 def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return images of shape (N, C, H, W) in rows, (N / IMAGES, C, H, IMAGES * (W + columns)), zeros between them.
+    """Return images side by side in rows, with `columns` columns of zeros after each image.
 
-    The last row is filled up with zeros.
+    From shape (N, C, H, W) to (N / IMAGES, C, H, IMAGES * (W + columns)). The last row is filled up with zeros.
     """
     missing = -len(images) % SideBySide.IMAGES
     if missing:
@@ -81,10 +81,10 @@ def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 class StridedDepthwise(nn.Conv2d):
-    """A 3x3 depthwise convolution of stride 2, without bias, on a CPU in the weights' precision also under autocast.
+    """A 3x3 depthwise convolution of stride 2, without bias. On a CPU it keeps the weights' precision under autocast.
 
-    In bf16 PyTorch takes 4 to 15 times as long for MobileNetV2's three. In float32 they make its training step 1.35
-    times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1).
+    PyTorch takes 4 to 15 times as long for MobileNetV2's three in bf16. Computing them in float32 makes a training step
+    1.35 times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1).
     """
 
     def __init__(self, channels: int, device=None):

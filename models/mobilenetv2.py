@@ -9,9 +9,9 @@ from models.cpu_layers import StridedDepthwise
 
 
 class MobileNetV2(TorchvisionMobileNetV2):
-    """torchvision's mobilenet_v2, without weights, its first two strides taken out: the last map is 4x4, not 1x1.
+    """torchvision's mobilenet_v2, untrained and without its first two strides, so the last map is 4x4, not 1x1.
 
-    Takes images of shape (N, 3, 32, 32), float; returns logits of shape (N, num_classes).
+    Takes float images of shape (N, 3, 32, 32) and returns logits of shape (N, num_classes).
     """
 
     def __init__(self, num_classes: int = 10):
@@ -29,7 +29,7 @@ class MobileNetV2(TorchvisionMobileNetV2):
         self.features[0][0].stride = (1, 1)  # the stem's, 2 in the paper
         for module in self.modules():
             if isinstance(module, nn.ReLU6):
-                module.inplace = False  # in place it would first copy what the backward pass needs
+                module.inplace = False  # in place it would first copy its input, which the backward pass needs
         self.to(memory_format=torch.channels_last)  # a quarter faster on the CPU in bf16, two thirds in fp32
 
 
@@ -38,5 +38,5 @@ class Block(InvertedResidual):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *args, **kwargs):
         super().__init__(in_channels, out_channels, stride, *args, **kwargs)
-        if stride == 2:  # these expand first, so it is conv[1]; MobileNetV2 initialises it as it does torchvision's
+        if stride == 2:  # these blocks expand first, so it is conv[1], which MobileNetV2 initialises like torchvision's
             self.conv[1][0] = nn.utils.skip_init(StridedDepthwise, self.conv[1][0].in_channels)

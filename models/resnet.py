@@ -8,13 +8,13 @@ from models.cpu_layers import Conv3x3
 
 
 class ResNet18(ResNet):
-    """torchvision's resnet18, without weights, for `num_classes` classes. For a 32x32 image the stem is
+    """torchvision's resnet18, untrained, with one of three stems:
 
-    imagenet: as it comes, a 7x7 convolution of stride 2 and a max-pool, which leave 8x8 pixels to the first block;
+    imagenet: torchvision's, a 7x7 convolution of stride 2 and a max-pool, which leave 8x8 pixels of a 32x32 image;
     cifar: a 3x3 convolution of stride 1 and the max-pool, which leave 16x16;
-    cifar-nopool: that convolution alone, which leaves 32x32 (section 4.2 of the paper, and pytorch-cifar).
+    cifar-nopool: the 3x3 convolution alone, which leaves 32x32 (section 4.2 of the paper, and pytorch-cifar).
 
-    Takes images of shape (N, 3, 32, 32), float; returns logits of shape (N, num_classes).
+    Takes float images of shape (N, 3, 32, 32) and returns logits of shape (N, num_classes).
     """
 
     def __init__(self, num_classes: int = 10, stem: str = "imagenet"):
@@ -22,8 +22,8 @@ class ResNet18(ResNet):
         self.arguments = {"num_classes": num_classes, "stem": stem}
         if stem != "imagenet":
             self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's are
-        # ResNet calls relu, then maxpool. The other order is the same function, its ReLU a quarter of the work.
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        # ResNet calls relu, then maxpool. The other order is the same function and does a quarter of the ReLU's work.
         pool = nn.Identity() if stem == "cifar-nopool" else self.maxpool
         self.maxpool = nn.Sequential(pool, self.relu)
         self.relu = nn.Identity()
@@ -31,7 +31,7 @@ class ResNet18(ResNet):
 
 
 class Block(BasicBlock):
-    """torchvision's block with this repository's 3x3 convolution; ResNet initialises it as it does torchvision's."""
+    """torchvision's block with this repository's 3x3 convolution, which ResNet initialises like torchvision's."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

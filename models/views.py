@@ -6,10 +6,10 @@ from torch import nn
 
 
 class SixViews(nn.Module):
-    """A network whose logits are a mean over the image, two shifts of it by a pixel, and the mirror images of these.
+    """A network that averages its logits over six views: the image, two shifts by a pixel, and their mirror images.
 
-    The shifts, down and right and up and left, count half as much as the image (Jordan, "94% on CIFAR-10 in 3.29
-    Seconds on a Single GPU", 2024). Takes images of shape (N, 3, H, W); returns logits as the network.
+    One shift is down and to the right, one up and to the left. Each counts half as much as the image (Jordan, "94% on
+    CIFAR-10 in 3.29 Seconds on a Single GPU", 2024). Takes images of shape (N, 3, H, W) and returns the mean logits.
     """
 
     def __init__(self, model: nn.Module):

@@ -10,7 +10,7 @@ from models.cpu_layers import Conv3x3
 class WhitenedCNN(nn.Module):
     """A frozen first layer that whitens patches of 2x2 pixels, then six 3x3 convolutions, 1.97 million parameters.
 
-    Takes images of shape (N, 3, H, W), float, of 16x16 pixels or more; returns logits of shape (N, num_classes).
+    Takes float images of shape (N, 3, H, W), of 16x16 pixels or more, and returns logits of shape (N, num_classes).
     `whiten` sets the first layer.
     """
 
@@ -27,7 +27,7 @@ class WhitenedCNN(nn.Module):
     def whiten(self, images: torch.Tensor) -> None:
         """Set the first layer's weights so that its outputs on these images are uncorrelated, each with variance 1.
 
-        They are the eigenvectors of the patches' covariance and their negatives.
+        The weights are the scaled eigenvectors of the patches' covariance, and their negatives.
         images: normalised, of shape (N, 3, H, W).
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
@@ -41,7 +41,7 @@ class WhitenedCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with a max-pool between them; as far as it can, each begins as the identity."""
+    """Two convolutions with a max-pool between them. Each begins as the identity, as far as its shape allows."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch-norm without a learnt scale, its averages over the last few batches only, since the run is so short."""
+    """Batch-norm without a learnt scale. It averages over the last few batches only, because the run is so short."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-12, momentum=0.4)

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10
 
 @pytest.fixture
 def start(tmp_path, request):
-    """Starts a script in a folder of its own; returns the process, a multiprocessing.Process.
+    """Return a function that starts a script in a folder of its own and returns its multiprocessing.Process.
 
     before: a function of a module, called in the process before the script.
     """
@@ -25,7 +25,7 @@ def start(tmp_path, request):
     def start(name, *flags, before=None):
         flags, environment = [*map(str, flags)], dict(os.environ)
         if "cuda" not in request.path.name:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # what is promised to the last bit, is promised on the CPU
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # only the CPU promises results to the last bit
         process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), flags, tmp_path, environment, before))
         process.start()
         return process
@@ -35,7 +35,7 @@ def start(tmp_path, request):
 
 @pytest.fixture
 def script(start, tmp_path):
-    """Runs a script in that folder to its end; returns its `stdout` and its `stderr` as text."""
+    """Return a function that runs a script in this folder to its end and returns its `stdout` and `stderr` as text."""
 
     def run(name, *flags, status=0, before=None):
         process = start(name, *flags, before=before)
@@ -49,7 +49,7 @@ def script(start, tmp_path):
 
 @pytest.fixture
 def refused(script):
-    """Runs a script that must be refused; returns the one line on stderr."""
+    """Return a function that runs a script that must be refused and returns the one line on stderr."""
 
     def run(name, *flags, before=None):
         done = script(name, *flags, status=2, before=before)
@@ -66,7 +66,7 @@ def folders(tmp_path):
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory):
-    """A folder with all of CIFAR-10 as `--data` takes it; the test is skipped where there is none."""
+    """Return a folder with CIFAR-10 for `--data`, or skip the test if there is none."""
     if "CIFAR10_DIR" in os.environ:
         return Path(os.environ["CIFAR10_DIR"]).resolve()
     if not PACK.exists():
@@ -78,7 +78,7 @@ def cifar10(tmp_path_factory):
 
 @pytest.fixture
 def original(tmp_path):
-    """A small archive in the original's format; returns its folder and the hashes that fit it."""
+    """Write a small archive in the original's format. Return its folder, the hashes that fit it, and its images."""
     rng, members, images = np.random.default_rng(0), {}, {}
     for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
         images[name] = rng.integers(0, 256, (20, 3072), np.uint8)

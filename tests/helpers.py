@@ -1,4 +1,4 @@
-"""What the tests and their fixtures share: the scripts' names, their processes, and what is read of a run."""
+"""Helpers for the tests and their fixtures: the scripts' names, their processes, and what a run leaves."""
 
 import csv
 import multiprocessing
@@ -13,25 +13,25 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # CIFAR-10 itself, where it lies beside the checkout
+PACK = ROOT.parent / "shared" / "cifar10" / "unpack.py"  # for CIFAR-10 itself, if it is beside the checkout
 SCRIPTS = R1, R2, R3, R4, R5, MOBILENET = (
     "cifar10_r1.py", "cifar10_r2.py", "cifar10_r3.py", "cifar10_r4.py", "cifar10_r5.py", "train_mobilenetv2.py",
 )  # fmt: skip
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-# Each run of a script is a process of its own, forked from one that has torch imported: that import takes seconds.
+# Each run of a script is a process forked from one that has imported torch, because that import takes seconds.
 os.environ["PYTHONPATH"] = str(ROOT)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["plot", "predict"])
 
 
 def output(folder, stream):
-    """The file with the "stdout" or "stderr" of the script that has run, or runs, in `folder`."""
+    """Return the file with the "stdout" or "stderr" of the script that runs or has run in `folder`."""
     return folder.with_name(f"{folder.name}.{stream}")
 
 
 def as_a_process(path, flags, folder, environment, before):
-    """What `python path flags` does in `folder`, its output going into the files `stdout` and `stderr` beside it."""
+    """Do what `python path flags` does in `folder`, with the output in the files `stdout` and `stderr` beside it."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -45,7 +45,7 @@ def as_a_process(path, flags, folder, environment, before):
 
 
 def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix=".png"):
-    """Class folders of little pictures, `train` and `test` a class, whose class is their brightness."""
+    """Write class folders of small pictures, `train` and `test` for each class, whose brightness is their class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(classes):
@@ -58,7 +58,7 @@ def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix
 
 
 class Trap:
-    """Where it is unpickled as any object is, the file `path` appears."""
+    """An object that creates the file `path` when it is unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = path
@@ -77,13 +77,13 @@ def same_weights(one, other):
 
 
 def log(folder):
-    """The rows of log.csv without their seconds."""
+    """Return the rows of log.csv without their seconds."""
     rows = list(csv.DictReader((folder / "log.csv").open()))
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def wait_for_a_save(process, last):
-    """Returns once the process has saved an epoch, or has ended."""
+    """Return once the process has saved an epoch, or has ended."""
     before = last.stat().st_mtime_ns if last.exists() else None
     while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
         time.sleep(0.002)

@@ -2,10 +2,11 @@
 """Break the code in many places, one at a time, and see whether the tests notice.
 
 python tests/mutate.py              # all of them, which takes some 20 minutes on two cores
-python tests/mutate.py loader       # those of the files whose name holds that word
+python tests/mutate.py loader       # only those in files whose name contains that word
 
-Each mutation is made in a copy of the repository, and followed by the tests that ought to notice; these must pass in a
-copy without it. It prints a line for each and the score at the end. What is not noticed is a test to write, or a line with a reason in NOT_NOTICED.
+Each mutation is made in a copy of the repository, where the tests that ought to notice it are run. The same tests must
+pass in a copy without it. A line is printed for each mutation, and the score at the end. A mutation that is not noticed
+needs a new test, or a line with a reason in NOT_NOTICED.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""What users type: each mistake has its one line and exit status 2, and what is no mistake works."""
+"""User errors: each gets one line and exit status 2, and unusual but correct input works."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from PIL import Image
         ("--lr inf", "argument --lr: 'inf' is not a positive number"),
         ("--seed 1.5", "argument --seed: '1.5' is not"),
         ("--device cuda:99", "--device cuda:99: this machine"),
-        ("--device gpu", "--device 'gpu' is none of"),
+        ("--device gpu", "--device 'gpu' is not one of"),
         ("--device cpu --precision fp16", "--precision fp16 is for GPUs"),
         ("--precision int8", "argument --precision: invalid choice: 'int8'"),
         ("--resume --evaluate", "not allowed with argument"),
@@ -39,7 +39,7 @@ def test_mistakes_in_every_script(refused, name, flags, words):
 
 
 def png16(colour_type, channels):
-    """A black PNG of 32x32 pixels with 16 bits a channel, which Pillow cannot write."""
+    """Return a black PNG of 32x32 pixels with 16 bits a channel, which Pillow cannot write."""
     rows = zlib.compress(bytes(1 + 32 * channels * 2) * 32)
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
     body = b"".join(
@@ -50,7 +50,7 @@ def png16(colour_type, channels):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Folders of data, most of them with something wrong."""
+    """Return a folder with folders of data, most of them with something wrong."""
     root = tmp_path_factory.mktemp("odd")
     for name in ("good", "text", "cut", "bomb", "large", "empty", "sixteen"):
         write_images(root / name, train=4, test=2)
@@ -89,8 +89,8 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ("cifar10_r1.py --data {}/text", "train/cat/0000.png is no image that can be read"),
-        ("cifar10_r1.py --data {}/cut", "train/cat/0000.png is no image that can be read"),
+        ("cifar10_r1.py --data {}/text", "train/cat/0000.png is not a readable image"),
+        ("cifar10_r1.py --data {}/cut", "train/cat/0000.png is not a readable image"),
         ("cifar10_r1.py --data {}/bomb", "train/cat/0000.png is "),
         ("cifar10_r1.py --data {}/large", "train/cat/0000.png is 33x32, not 32x32"),
         ("cifar10_r1.py --data {}/sixteen", "train/cat/0000.png has more than 8 bits"),
@@ -100,13 +100,13 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/one class", "holds 1 class folder; a classifier needs two or more"),
         ("cifar10_r1.py --data {}/differ", "has no counterpart in"),
         ("cifar10_r1.py --data {}/no test", "no test/test is missing"),
-        ("cifar10_r1.py --data {}/file", "file is a file; name the folder that it lies in"),
+        ("cifar10_r1.py --data {}/file", "file is a file; name the folder it is in"),
         ("cifar10_r1.py --data {}/archive", "is damaged or not CIFAR-10 (wrong SHA-256)"),
         ("cifar10_r1.py --data {}/batches", "data_batch_1 is missing or damaged"),
         ("cifar10_r1.py --data {}/file/below", "Not a directory"),
         ("cifar10_r1.py --data {}/good --checkpoints {}/file", "file/cifar10_r1 cannot be written: "),
         ("cifar10_r1.py --data {}/good --evaluate {}/good", "good cannot be read: Is a directory"),
-        ("cifar10_r1.py --data {}/good --evaluate {}/file", "file is damaged or no checkpoint"),
+        ("cifar10_r1.py --data {}/good --evaluate {}/file", "file is damaged or not a checkpoint"),
         ("cifar10_r1.py --data {}/good --resume nothing.pt", "nothing.pt cannot be read: No such file"),
         ("cifar10_r1.py --data {}/good --evaluate", "last.pt cannot be read: No such file"),
         ("cifar10_r1.py --crop", "unrecognized arguments: --crop"),
@@ -116,15 +116,15 @@ def odd(tmp_path_factory):
         ("cifar10_r3.py --data {}/good", "run python cifar10_r2.py --crop"),
         ("cifar10_r4.py --stem huge", "argument --stem: invalid choice: 'huge'"),
         ("train_mobilenetv2.py --stem cifar", "unrecognized arguments: --stem cifar"),
-        ("mean_and_std.py --data {}/text", "train/cat/0000.png is no image that can be read"),
+        ("mean_and_std.py --data {}/text", "train/cat/0000.png is not a readable image"),
         ("mean_and_std.py --plot", "argument --plot: expected one argument"),
         ("download.py --data {}/file", "is a file; name the folder"),
         ("cifar10_r1.py --data {}/good/train", "train holds cat, dog, frog, but no cifar-10-python.tar.gz, no cifar"),
         ("cifar10_r1.py --data {}/capitals", "capitals holds Test, Train, but no cifar-10-python.tar.gz"),
-        ("download.py --data {}/capitals", "name a folder that holds one of these, or a new one, into which CIFAR-10"),
-        ("cifar10_r1.py --data {}/self", "cat/self is a link to a folder; put its images there, or take it out"),
-        ("cifar10_r1.py --data {}/up", "cat/up is a link to a folder; put its images there, or take it out"),
-        ("cifar10_r1.py --data {}/fifo", "train/cat/x.png is no file; take it out"),
+        ("download.py --data {}/capitals", "name a folder that holds one of these, or a new one to download CIFAR-10"),
+        ("cifar10_r1.py --data {}/self", "cat/self is a link to a folder; replace it with its images, or remove it"),
+        ("cifar10_r1.py --data {}/up", "cat/up is a link to a folder; replace it with its images, or remove it"),
+        ("cifar10_r1.py --data {}/fifo", "train/cat/x.png is not a file; remove it"),
         ("cifar10_r1.py --data {}/single --holdout", "--holdout: the class cat has 1 training image; it needs two"),
         ("download.py --data synthetic", "--data synthetic needs no download"),
     ],
@@ -162,7 +162,7 @@ def test_a_reader_that_goes_away(tmp_path, odd):
     command = f"{sys.executable} {ROOT / R1} --data {odd / 'good'} --epochs 300 | head -1"
     done = run(command, tmp_path)
     assert done.stdout.count(b"\n") == 1
-    assert done.stderr == b"cifar10_r1.py: error: whoever read the output has gone\n"
+    assert done.stderr == b"cifar10_r1.py: error: the program that read the output has ended\n"
     assert (tmp_path / "checkpoints/cifar10_r1/last.pt").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_closed_output(tmp_path, odd):
 
 @pytest.mark.parametrize("name", [R1, "predict.py", "plot.py", "mean_and_std.py", "reproduce.py", "download.py"])
 def test_ctrl_c_while_pytorch_is_imported(name):
-    """One line, and the status that Ctrl-C has in a shell."""
+    """The script prints one line and has the exit status that Ctrl-C has in a shell."""
     code = f"""
 import os, runpy, signal, sys
 class Finder:

@@ -1,4 +1,4 @@
-"""The benchmarks as a user runs them; what they measure has no place in a test."""
+"""The benchmarks as a user runs them. The measured values themselves are not tested."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 
 def benchmark(name, *flags):
-    """The output of `python -m benchmarks.NAME` with these flags on the synthetic images."""
+    """Return the output of `python -m benchmarks.NAME` with these flags on the synthetic images."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags, "--data", "synthetic", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ def test_every_candidate_is_measured():
     assert training["script"] == "`cifar10_r1.py --flip --batch-size 4`" == testing["script"].partition(",")[0]
     assert (training["batch"], testing["batch"]) == ("4", "500") and training["precision"] == "fp32"
     for row in (training, testing):
-        assert row["ours in fp32"] == row["MB, ours in fp32"] == ""  # which is what ours is
+        assert row["ours in fp32"] == row["MB, ours in fp32"] == ""  # because ours is in fp32 already
         baseline, ours, limit = (float(row[name].replace(",", "")) for name in ("baseline", "ours", "limit"))
         assert float(row["ours/baseline"]) == pytest.approx(ours / baseline, rel=0.05)
         assert float(row["ours/limit"]) == pytest.approx(ours / limit, rel=0.05)

@@ -39,7 +39,7 @@ def test_from_cuda_to_the_cpu_and_back(script, tmp_path, folders):
 
 
 def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
-    """A TrainStep that has run some epochs on the synthetic images, and its loader."""
+    """Return a TrainStep that has run some epochs on the synthetic images, and its loader."""
     data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
     common = {"mean": mean, "std": mean, "device": CUDA, "dtype": DTYPES[precision]}
     loader = Loader(data.train_images, data.train_labels, 128, training=True, flip=True, crop=4, **common)
@@ -55,7 +55,7 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
 
 @pytest.mark.parametrize("model, precision", [(ResNet18, "bf16"), (ResNet18, "fp32"), (MobileNetV2, "fp16")])
 def test_a_captured_step_is_the_step(monkeypatch, model, precision):
-    """The same weights to the last bit, dropout and the scaler's skipped steps included, in little more memory."""
+    """The weights are the same to the last bit, with dropout and the scaler's skipped steps, in little more memory."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     weights, memory = [], []
     for warm_up in (10**9, utils.TrainStep.WARM_UP):
@@ -89,8 +89,8 @@ def test_nothing_waits_for_the_gpu_inside_an_epoch(monkeypatch):
 
 
 def test_out_of_memory_is_one_line(refused):
-    """On a GPU that is full but for 2 GiB."""
+    """The GPU is full except for 2 GiB."""
     full = torch.empty(torch.cuda.mem_get_info()[0] - 2**31, dtype=torch.uint8, device=CUDA)
     line = refused(R4, "--data", "synthetic", "--stem", "cifar-nopool", "--batch-size", 4000, "--epochs", 1)
-    assert "error: out of memory on the GPU; take a smaller --batch-size" in line
+    assert "error: out of memory on the GPU; use a smaller --batch-size" in line
     del full

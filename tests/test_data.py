@@ -1,4 +1,4 @@
-"""What `--data` takes, and what the loader makes of it."""
+"""The datasets that `--data` takes, and the batches that the loader makes of them."""
 
 import itertools
 import pickle
@@ -113,7 +113,7 @@ def test_the_original(original):
     assert data.train_labels[:20].tolist() == [i % 10 for i in range(20)]
     assert (data.train_images[25].flatten().numpy() == images["data_batch_2"][5]).all()
     assert (data.test_images[7].flatten().numpy() == images["test_batch"][7]).all()
-    (root / CIFAR10.filename).unlink()  # its folder alone does
+    (root / CIFAR10.filename).unlink()  # the folder alone is enough
     again = read_original(root, **hashes)
     assert again.fingerprint() == data.fingerprint()
     assert [path.name for path in root.iterdir() if not path.name.startswith(".")] == [CIFAR10.base_folder]
@@ -157,7 +157,7 @@ def make_loader(n=64, batch_size=8, **kwargs):
 
 @pytest.mark.long
 def test_flip_and_crop_have_torchvisions_distribution():
-    """Every output of an image is one of 81 windows times 2, and as frequent as it should be."""
+    """Every output of an image is one of 81 windows, mirrored or not, and each is as frequent as it should be."""
     n = 162 * 200
     loader = make_loader(1, flip=True, crop=4)
     image = loader.images[0]
@@ -210,7 +210,7 @@ def test_a_crop_has_black_or_mirrored_borders():
 
 
 def test_a_crop_that_is_no_number_is_refused():
-    with pytest.raises(UserError, match="take crop=4"):
+    with pytest.raises(UserError, match="use crop=4"):
         make_loader(crop=True)
 
 
@@ -242,7 +242,7 @@ def test_cutout_is_a_square_around_a_random_pixel():
     assert len(centres) > 500  # of 28 * 28
     rows = [hole.any(1).nonzero().flatten() for hole in holes]
     assert {(r[0].item(), r[-1].item()) for r in rows} >= {(0, 3), (0, 7), (24, 31), (27, 31)}  # centres 0, 4, 28, 31
-    assert holes[:, 8:-8, 8:-8].float().mean() == pytest.approx(64 / 32**2, rel=0.1)  # a pixel's share of the squares
+    assert holes[:, 8:-8, 8:-8].float().mean() == pytest.approx(64 / 32**2, rel=0.1)  # a pixel's chance to be cut out
 
 
 def test_normalisation_is_torchvisions():

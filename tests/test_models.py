@@ -20,7 +20,7 @@ def test_tutorial_cnn():
 
 
 def test_tutorial_cnn_is_the_tutorials():
-    """Which has each ReLU before its pool: the same logits and gradients."""
+    """The tutorial's network has each ReLU before its pool. Its logits and gradients are the same as ours."""
     model, images = TutorialCNN(), torch.randn(5, 3, 32, 32)
     conv1, pool, relu, conv2, *_ = model.features
     fc1, _, fc2, _, fc3 = model.classifier
@@ -33,7 +33,7 @@ def test_tutorial_cnn_is_the_tutorials():
 
 
 def of_one_seed(*networks):
-    """torchvision's network and ours, made from the same seed, for evaluation: with the same weights, or it fails."""
+    """Return torchvision's network and ours, made from the same seed, for evaluation. Fail if their weights differ."""
     made = []
     for network in networks:
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_resnet18_is_torchvisions():
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv3x3_is_torchs(side, stride):
-    """Output and gradients, on the small maps where it is computed another way, and on one where it is not."""
+    """Output and gradients agree, on the small maps where it is computed in another way and on one where it is not."""
     theirs = torch.nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=False).double()
     ours = Conv3x3(5, 7, stride).double()
     ours.load_state_dict(theirs.state_dict())
@@ -75,7 +75,7 @@ def test_conv3x3_is_torchs(side, stride):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("count", [1, 10, 13])
 def test_conv3x3_in_bf16_is_torchs(size, stride, count):
-    """Output and gradients, of whole numbers, whose sums have one value in whatever order they are added."""
+    """Output and gradients agree, for whole numbers, whose sums are the same in whatever order they are added."""
     images, weights = (torch.randint(-2, 3, shape).float() for shape in ((count, 5, *size), (7, 5, 3, 3)))
     ours = Conv3x3(5, 7, stride)
     ours.weight.data.copy_(weights)
@@ -102,7 +102,7 @@ def test_mobilenetv2_is_torchvisions_without_two_strides():
 
 
 def test_strided_depthwise_is_torchs():
-    """Output and gradients, under autocast those of the weights' precision."""
+    """Output and gradients agree. Under autocast they are computed in the weights' precision."""
     theirs = torch.nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6, bias=False)
     ours = StridedDepthwise(6)
     ours.load_state_dict(theirs.state_dict())
@@ -132,7 +132,7 @@ def test_whitened_cnn():
     model = WhitenedCNN(num_classes=7)
     kernels, biases = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256), 2 * (64 + 256 + 256)
     assert count(model) == 24 * 12 + kernels + 2 * biases + 7 * 256  # batch-norms have weights, which are not learnt
-    images = torch.randn(200, 3, 32, 32) + 3 * torch.randn(200, 3, 1, 1)  # neighbours much alike, as in photographs
+    images = torch.randn(200, 3, 32, 32) + 3 * torch.randn(200, 3, 1, 1)  # neighbouring pixels alike, as in photos
     assert model(images).shape == (200, 7) and model(images[:, :, :16, :16]).shape == (200, 7)
     model.whiten(images)
     outputs = model.whitening(images)[:, :12].permute(1, 0, 2, 3).flatten(1)
@@ -142,7 +142,7 @@ def test_whitened_cnn():
 
 
 def test_a_block_begins_as_the_identity():
-    """So far as a convolution has as many outputs as inputs: the others are random."""
+    """As far as a convolution has as many outputs as inputs, it is the identity. The other outputs are random."""
     conv = WhitenedCNN().blocks[1].conv1
     images = torch.randn(2, 64, 8, 8)
     torch.testing.assert_close(conv(images)[:, :64], images)

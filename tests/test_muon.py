@@ -1,4 +1,4 @@
-"""The Muon optimizer, and how many operations a network takes."""
+"""The Muon optimizer, and the number of operations that a network takes."""
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def test_a_convolutions_step_has_singular_values_of_about_1():
 
 
 def test_operations():
-    """Two an addition and a multiplication; backward twice as many, but for the gradient of the images."""
+    """An addition and a multiplication are two. Backward is twice forward, without the gradient of the images."""
     convolution1, convolution2, linear = 3 * 6 * 25 * 28**2, 6 * 16 * 25 * 10**2, 400 * 120 + 120 * 84 + 84 * 10
     assert count_operations(TutorialCNN()) == 2 * (3 * (convolution1 + convolution2 + linear) - convolution1)
     model = ResNet18(stem="cifar")
@@ -45,4 +45,4 @@ def test_operations():
 
 def test_operations_of_a_depthwise_convolution():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
-    assert count_operations(model) == 2 * 32 * 32 * (2 * 3 * 8 + 3 * 8 * 9)  # none for the images' own gradient
+    assert count_operations(model) == 2 * 32 * 32 * (2 * 3 * 8 + 3 * 8 * 9)  # no gradient of the images

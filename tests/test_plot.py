@@ -51,7 +51,7 @@ def test_evaluate_draws_nothing(script, tmp_path, folders):
 
 
 def test_figures_of_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch):
-    """What is written into the pictures, against matrices and logits whose answers are known."""
+    """The texts in the pictures are right for matrices and logits with known answers."""
     texts = []
     monkeypatch.setattr(plot, "save", lambda figure, path: texts.append(all_texts(figure)))
     plot.confusion(torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 3]]), ["cat", "dog", "frog"], "network", tmp_path)
@@ -81,12 +81,12 @@ def all_texts(figure):
         ("{run} --data {other}", "was trained on other data than --data"),
         ("{run}", "was trained on class folders; name them with --data"),
         ("{run} --output x.png", "--output is for several runs"),
-        ("{run} {run} --output x.txt", "argument --output: 'x.txt' has no suffix of a picture"),
+        ("{run} {run} --output x.txt", "argument --output: 'x.txt' has no picture suffix"),
         ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
-        (" ".join(["{run}"] * 10), "10 runs are more than there are colours, 9"),
-        ("bad", "bad/log.csv is no log of a run"),
-        ("huge", "huge/log.csv is no log of a run"),
-        ("{run} {run} --output C.PNG.txt", "argument --output: 'C.PNG.txt' has no suffix of a picture"),
+        (" ".join(["{run}"] * 10), "10 runs are too many, there are 9 colours"),
+        ("bad", "bad/log.csv is not the log of a run"),
+        ("huge", "huge/log.csv is not the log of a run"),
+        ("{run} {run} --output C.PNG.txt", "argument --output: 'C.PNG.txt' has no picture suffix"),
         ("{run} {run} --output x.pgf", "x.pgf cannot be drawn ("),
         ("{run}/best --data {data}", "best/last.pt is for inference and does not name its data"),
         ("", "the following arguments are required: RUN"),

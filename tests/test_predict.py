@@ -1,4 +1,4 @@
-"""predict.py: what a trained network takes pictures for, on the command line and as a function."""
+"""predict.py: the predictions of a trained network, on the command line and as a function."""
 
 import json
 
@@ -15,7 +15,7 @@ from models import TutorialCNN
 
 @pytest.fixture
 def trained(script, tmp_path, folders):
-    """The best.pt of a run that tells the three classes by their brightness."""
+    """Return the best.pt of a run that tells the three classes apart by their brightness."""
     script(R1, "--data", folders, "--epochs", 20, "--lr", 0.02)
     return tmp_path / "checkpoints/cifar10_r1/best.pt"
 
@@ -44,7 +44,7 @@ def test_pictures_and_folders(script, tmp_path, trained):
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != R3])
 @pytest.mark.long
 def test_the_function_gives_the_accuracy_that_the_run_had(script, tmp_path, folders, name):
-    """Every network, its images read from their files as a user would, is as good as its file says."""
+    """Every network has the accuracy that its file says, on images read from their files as a user would."""
     script(name, "--data", folders, "--epochs", 2, "--precision", "fp32")
     (run,) = (tmp_path / "checkpoints").iterdir()
     classifier = predict.load_classifier(run / "best.pt")
@@ -78,18 +78,18 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
     [
         ("good.png", "the following arguments are required: --checkpoint"),
         ("good.png --checkpoint none.pt", "none.pt cannot be read: No such file or directory"),
-        ("good.png --checkpoint text.pt", "text.pt is damaged or no checkpoint"),
+        ("good.png --checkpoint text.pt", "text.pt is damaged or not a checkpoint"),
         (
             "good.png --checkpoint hostile.pt",
             "hostile.pt holds more than weights and plain values, maybe code: do not",
         ),
         ("good.png --checkpoint unknown.pt", "unknown.pt holds a network 'utils'; models/ has MobileNetV2, ResNet18,"),
-        ("good.png --checkpoint changed.pt", "changed.pt holds another TutorialCNN than models/ has now"),
+        ("good.png --checkpoint changed.pt", "changed.pt holds a different TutorialCNN from the one in models/ now"),
         ("good.png --checkpoint best.pt --device cuda:99", "--device cuda:99: this machine"),
-        ("none.png --checkpoint best.pt", "none.png is no image that can be read"),
-        ("text.png --checkpoint best.pt", "text.png is no image that can be read"),
-        ("cut.png --checkpoint best.pt", "cut.png is no image that can be read"),
-        ("bomb.png --checkpoint best.pt", "bomb.png is no image that can be read"),
+        ("none.png --checkpoint best.pt", "none.png is not a readable image"),
+        ("text.png --checkpoint best.pt", "text.png is not a readable image"),
+        ("cut.png --checkpoint best.pt", "cut.png is not a readable image"),
+        ("bomb.png --checkpoint best.pt", "bomb.png is not a readable image"),
         ("good.png empty --checkpoint best.pt", "empty holds no image"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each command of README and docs that a machine alone can run, as it stands but for the data and the epochs."""
+"""Every command of README and docs that a single machine can run, as it is except for the data and the epochs."""
 
 import re
 
@@ -10,14 +10,14 @@ pytestmark = pytest.mark.long
 
 README = (ROOT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
-ELSEWHERE = (  # what other tests run, or what takes the network or days
+ELSEWHERE = (  # other tests run these, or they need the network or days
     "python -m pytest", "python download.py", "python reproduce.py", "python -m benchmarks.", "python tests/",
     "python plot.py results/",
 )  # fmt: skip
 
 
 def commands():
-    """Every `python SCRIPT ...` of the pages, in their order, once, without its number of epochs."""
+    """Return each `python SCRIPT ...` of the pages once, in order, without its number of epochs."""
     found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", PAGES, re.MULTILINE)
     found = dict.fromkeys(re.sub(r" --epochs \d+", "", command) for command in found)
     return [command for command in found if not command.startswith(ELSEWHERE)]

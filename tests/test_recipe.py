@@ -1,4 +1,4 @@
-"""What a run remembers of its experiment, what it is called, and what another experiment is told."""
+"""The recipe and the name of a run, and the errors that another experiment gets."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from harness.recipe import first_difference, plain, today
 
 
 def edited(tmp_path, name, *edits):
-    """A copy of a script, with these edits; returns its path."""
+    """Write a copy of a script with these edits and return its path."""
     text = (ROOT / name).read_text()
     for old, new in edits:
         assert old in text
@@ -49,13 +49,13 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     ):
         assert words in refused(edited(tmp_path, R4, edit), *flags)
     script(edited(tmp_path, R4, ("# pixels; with", "# pixels, with")), *flags)  # a comment may change
-    script(edited(tmp_path, R4, ("LR = 0.2", "LR = 0.1")), *flags, "--lr", 0.1)  # and the rate where it is given
+    script(edited(tmp_path, R4, ("LR = 0.2", "LR = 0.1")), *flags, "--lr", 0.1)  # and the rate, if it is given
     line = refused(edited(tmp_path, R4), *flags, "--epochs", 2)
     assert "--epochs 1, this one has 2;" in line
 
 
 def test_an_edited_order_of_parameters_is_not_resumed(script, refused, tmp_path, folders):
-    """The optimizer's state goes by position; in the fused optimizers a wrong one would end in a segmentation fault."""
+    """The optimizer's state goes by position. In the fused optimizers a wrong one would cause a segmentation fault."""
     flags = ["--data", folders, "--epochs", 2, "--resume"]
     script(edited(tmp_path, R1), *flags)
     last = tmp_path / "checkpoints/cifar10_r1/last.pt"
@@ -87,16 +87,16 @@ def test_an_earlier_versions_checkpoint_says_what_cannot_be_compared(script, ref
         torch.save(checkpoint | {"recipe": recipe | {key: value}}, last)
         assert words in refused(*flags, 2)
     torch.save(checkpoint | {"recipe": recipe}, last)
-    (line,) = re.findall(".* is of an earlier version: .*", script(*flags, 2).stdout)
+    (line,) = re.findall(".* is from an earlier version: .*", script(*flags, 2).stdout)
     for name in ("constants", "flags", "criterion", "augmentation", "network"):
         assert name in line
-    assert "is of an earlier version" not in script(*flags, 3).stdout
+    assert "is from an earlier version" not in script(*flags, 3).stdout
 
 
 def test_fewer_epochs_than_are_done(script, refused, tmp_path, folders):
     flags = [R1, "--data", folders, "--resume", "--epochs"]
     script(*flags, 3)
-    assert "last.pt has 3 epochs behind it, more than --epochs 2" in refused(*flags, 2)
+    assert "last.pt has 3 epochs of training, more than --epochs 2" in refused(*flags, 2)
     assert len(log(tmp_path / "checkpoints/cifar10_r1")) == 3
 
 
@@ -128,7 +128,7 @@ def test_plain_values():
 
 
 def parse(line, *flags):
-    """The namespace of a command line. flags: the script's own, the arguments of `add_argument`."""
+    """Return the namespace of a command line. flags: the script's own, as the arguments of `add_argument`."""
     parser = utils.ArgumentParser("", epochs=1, batch_size=1, lr=1)
     parser.prog = "x.py"
     for names, settings in flags:
@@ -240,11 +240,11 @@ def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
     ):
         script(R1, "--data", folders, "--epochs", 1, "--checkpoints", "plain")
         (tmp_path / "plain/cifar10_r1/last.pt").rename(tmp_path / "plain.pt")
-        assert f"is of a run {words} --holdout; make them agree" in refused(R1, "--data", folders, *flags)
+        assert f"is from a run {words} --holdout; make them agree" in refused(R1, "--data", folders, *flags)
     assert "Accuracy of the network on the test images" in (
         script(R1, "--data", folders, "--evaluate", folder / "last.pt").stdout
     )
-    assert "is of the run" not in script(R2, "--data", folders, "--epochs", 1, "--holdout", "--seed", 1).stdout
+    assert "is from the run" not in script(R2, "--data", folders, "--epochs", 1, "--holdout", "--seed", 1).stdout
 
 
 def test_an_earlier_recipe_names_its_crop_in_pixels():

@@ -1,4 +1,4 @@
-"""Each script does what its constants and its flags say: what it hands over to the training, without training."""
+"""Each script hands over to the training what its constants and flags say. Nothing is trained."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ EVERY = {
     "test.flip": False, "test.crop": 0, "test.cutout": 0, "test.training": False, "training": True,
     "scheduler.name": None, "groups": 1, "test.transform": None,
 }  # fmt: skip
-# In a line up to the peak and down again; an epoch, or a batch, has the rate of its middle.
+# Linear up to the peak and down again. Each epoch or batch has the rate at its middle.
 TRIANGLE = {"scheduler.name": "LambdaLR", "scheduler.peak": "PEAK", "scheduler.every": "epoch"}
 SMOOTH = {"criterion.label_smoothing": "LABEL_SMOOTHING"}
 IMAGENET = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}  # of CIFAR-10, as published
@@ -47,7 +47,7 @@ MUON = {
     "optimizer.group0.weight_decay": 0, "decay": "DECAY",
 }  # fmt: skip
 NO_MULTIPLE = {name: value for name, value in EVERY.items() if name != "optimizer.lr_multiple"}
-HANDED_OVER = {  # by command line: a value of the recipe, or the constant that it must be
+HANDED_OVER = {  # by command line: a value of the recipe, or the constant that it must equal
     R1: EVERY | SGD | TUTORIAL | {"augmentation.flip": False, "augmentation.crop": 0, "precision": "PRECISION"},
     f"{R1} --flip": EVERY | SGD | TUTORIAL | {"augmentation.crop": 0, "precision": "PRECISION"},
     R2: EVERY | ADAMW | TUTORIAL | RESNET | {"augmentation.crop": 0, "epochs": "EPOCHS.flip"},
@@ -71,7 +71,7 @@ GIVEN = {"epochs": 7, "batch_size": 24, "lr": 0.0123, "seed": 5, "precision": "f
 
 
 def hand_over(path):
-    """In the process of a script: writes what it gives to Checkpoints and `utils.test` into a file, then ends it."""
+    """Write what a script gives to Checkpoints and `utils.test` to a file, then end its process, in which this runs."""
     loaders = []
 
     class Seen(Loader):
@@ -136,7 +136,7 @@ def test_a_script_does_what_it_says(script, tmp_path, folders, line):
 
 
 class Watcher(nn.Module):
-    """A network with batch-norm and dropout that notes in which mode it is called, and what its dropout draws."""
+    """A network with batch-norm and dropout that notes its mode and its dropout's draws in each call."""
 
     def __init__(self):
         super().__init__()

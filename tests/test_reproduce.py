@@ -30,7 +30,7 @@ def wait_for_epochs(process, folder, count):
 
 
 def figures(record):
-    """What does not depend on when and how fast it was run."""
+    """Return the part of a record that does not depend on when and how fast it was run."""
     epochs = [{key: value for key, value in row.items() if key != "seconds"} for row in record["epochs"]]
     return epochs, record["accuracy"], record["confusion"], record["recipe"]
 
@@ -101,10 +101,10 @@ def test_a_record_that_is_none_is_named_and_passed_over(script, tmp_path):
     for content in ("", "{}", "[]", whole[:500], f"<<<<<<< HEAD\n{whole}", foreign):
         (tmp_path / "mine/r1-seed0.json").write_text(content)
         out = script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
-        assert out.count("mine/r1-seed0.json is no record of a run; passed over\n") == 1
+        assert out.count("mine/r1-seed0.json is not a record of a run; skipped\n") == 1
         assert "[1/1] r1, seed 0, not begun: " in out
     (tmp_path / "mine/r1-seed0.json").write_text(whole)
-    assert "passed over" not in script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
+    assert "skipped" not in script("reproduce.py", "--list", "--only", "r1", "--results", "mine").stdout
 
 
 @pytest.mark.long
@@ -130,13 +130,13 @@ def test_a_folder_for_records_that_cannot_be_written(refused, script, tmp_path, 
 
 
 def accuracies(folder):
-    """The accuracy of each record in the folder, by its name."""
+    """Return the accuracy of each record in the folder, by its name."""
     return {path.stem: json.loads(path.read_text())["accuracy"] for path in folder.glob("*.json")}
 
 
 @pytest.mark.long
 def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypatch):
-    """Nothing is lost, nothing run twice, and the figures are those of one after another with as many threads."""
+    """Nothing is lost or run twice. The figures are the same as one after another with as many threads."""
     folders = write_images(tmp_path / "pictures", train=60)
     flags = ["--only", "r1", "--seeds", 3, "--data", folders, "--jobs", 2, "--results", "mine"]
     process = start("reproduce.py", *flags)
@@ -160,7 +160,7 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
 
 @pytest.mark.long
 def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
-    """Three machines of Ray's, twelve runs: each has its record, with the figures that it has without Ray."""
+    """Of twelve runs on three machines of Ray's, each has its record, with the same figures as without Ray."""
     pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -239,7 +239,7 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
 
 
 def test_the_95_percent_quantile_of_students_t():
-    """Against the tables of a textbook."""
+    """It agrees with the tables of a textbook."""
     for degrees, value in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (19, 2.093), (199, 1.972)):
         assert t_quantile(degrees) == pytest.approx(value, abs=4e-3)
     quantiles = [t_quantile(degrees / 10) for degrees in range(10, 100)]
@@ -268,13 +268,13 @@ def test_compare(script, refused, tmp_path):
     assert re.fullmatch(r"r1: 61\.0 ± 1\.0 .*, 71\.0 ± 1\.0 .*; \+10\.00 \[\+7\.7.*\]: the second is better\n", out)
     assert "the second is worse" in script("reproduce.py", "--compare", "new", "old").stdout
     out = script("reproduce.py", "--compare", "r1", "r2", "--results", "new").stdout
-    assert "not to be told apart from the first with so many seeds; some " in out
+    assert "not distinguishable from the first with this many seeds; about " in out
     (tmp_path / "new/r2-seed1.json").unlink()
     (tmp_path / "new/r2-seed2.json").unlink()
-    assert "3 and 1 records; a comparison takes two" in refused(
+    assert "3 and 1 records; a comparison needs two" in refused(
         "reproduce.py", "--compare", "r1", "r2", "--results", "new"
     )
-    assert "no two rows, and no two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
+    assert "neither two rows nor two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
 
 
 def test_a_row_that_fails_says_which(script, tmp_path):
@@ -304,7 +304,7 @@ def test_each_record_is_of_its_row(name, row):
 
 
 def test_readme_and_docs_say_what_the_records_say():
-    """`python reproduce.py --readme` writes what differs."""
+    """If they differ, `python reproduce.py --readme` rewrites them."""
     assert all(path.read_text() == text for path, text in reproduce.pages(read_records()).items())
     text = (ROOT / "README.md").read_text()
     with pytest.raises(UserError, match="there is no place for the table 'results'"):

@@ -1,4 +1,4 @@
-"""Runs that are cut off and go on."""
+"""Runs that are interrupted and resumed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone(start, script, tmp_p
     script(name, *flags, "--checkpoints", "whole")
     (whole,) = (tmp_path / "whole").iterdir()
     record = json.loads((whole / "run.json").read_text())
-    epoch_seconds = min(row["seconds"] for row in record["epochs"])  # a process's first one takes longer
+    epoch_seconds = min(row["seconds"] for row in record["epochs"])  # a process's first epoch takes longer
     parts, moments = tmp_path / "parts" / whole.name, random.Random(0)
     for kill in range(3):
         process = start(name, *flags, "--checkpoints", "parts")
@@ -58,7 +58,7 @@ def test_a_signal_ends_the_run_with_one_line(start, script, tmp_path, folders, n
     line = output(tmp_path, "stderr").read_text()
     assert process.exitcode == 128 + number and line.count("\n") == 1
     assert not list(folder.glob("*.new"))
-    command = re.fullmatch(rf"cifar10_r4.py: ended by {number.name}; python (.* --resume) goes on after .*\n", line)[1]
+    command = re.fullmatch(rf"cifar10_r4.py: ended by {number.name}; python (.* --resume) resumes after .*\n", line)[1]
     assert "resuming checkpoints/cifar10_r4/last.pt after epoch" in script(R4, *shlex.split(command)[1:]).stdout
     assert [row["epoch"] for row in log(folder)] == ["1", "2", "3", "4", "5", "6"]
 
@@ -72,7 +72,7 @@ def test_a_rate_given_to_a_schedule_scales_it(start, script, tmp_path, folders):
     process.join()
     done = torch.load(folder / "last.pt", weights_only=True)["epoch"]
     script(*flags, "--lr", 0.002, "--resume")
-    factors = [0.5, 5 / 6, 3 / 6, 1 / 6]  # of the middles of four epochs, with the peak after the first
+    factors = [0.5, 5 / 6, 3 / 6, 1 / 6]  # at the middles of four epochs, with the peak after the first
     rates = [0.02 * factor for factor in factors[:done]] + [0.002 * factor for factor in factors[done:]]
     assert [float(row["lr"]) for row in log(folder)] == pytest.approx(rates)
 
@@ -80,7 +80,7 @@ def test_a_rate_given_to_a_schedule_scales_it(start, script, tmp_path, folders):
 def test_a_schedule_is_not_made_longer(refused, script, folders):
     flags = [R4, "--data", folders, "--batch-size", 30]
     script(*flags, "--epochs", 1)
-    assert "is of a run with --epochs 1, this one has 2" in refused(*flags, "--epochs", 2, "--resume")
+    assert "is from a run with --epochs 1, this one has 2" in refused(*flags, "--epochs", 2, "--resume")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(start, refused, script, tmp_path, folders):
@@ -88,11 +88,11 @@ def test_a_second_run_in_the_same_folder_is_refused(start, refused, script, tmp_
     first = start(*flags, 100_000)
     wait_for_a_save(first, tmp_path / "checkpoints/cifar10_r1/last.pt")
     line = refused(*flags, 2)
-    assert f"checkpoints/cifar10_r1 is in use by process {first.pid}; wait for it, or take other --checkpoints" in line
-    script(*flags, 2, "--evaluate")  # reading is no harm
+    assert f"checkpoints/cifar10_r1 is in use by process {first.pid}; wait for it, or use other --checkpoints" in line
+    script(*flags, 2, "--evaluate")  # reading does no harm
     first.kill()
     first.join()
-    script(*flags, 2)  # and a killed run's lock is none
+    script(*flags, 2)  # and a killed run holds no lock
 
 
 def test_the_best_accuracy_is_not_forgotten(script, tmp_path, folders):
@@ -110,13 +110,13 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--batch-size", 30, "--epochs"]
     line = refused(R3, *flags, 9, "--resume")
     assert (
-        "no checkpoints/cifar10_r2-crop/last.pt, from which cifar10_r3 goes on; run python cifar10_r2.py --crop first"
+        "no checkpoints/cifar10_r2-crop/last.pt, which cifar10_r3 starts from; run python cifar10_r2.py --crop first"
         in line
     )
     script(R2, *flags, 2, "--crop")
     r2, r3 = tmp_path / "checkpoints/cifar10_r2-crop", tmp_path / "checkpoints/cifar10_r3"
     before = {path.name: path.read_bytes() for path in r2.iterdir()}
-    assert "has 2 epochs behind it already; take more --epochs than that" in refused(R3, *flags, 2, "--resume")
+    assert "already has 2 epochs of training; use a larger --epochs" in refused(R3, *flags, 2, "--resume")
     out = script(R3, *flags, 4, "--resume").stdout
     assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
     first = (r3 / "log.csv").read_bytes()
@@ -124,15 +124,15 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     assert [row["epoch"] for row in log(r3)] == ["3", "4", "5"]
     best = torch.load(r3 / "best.pt", weights_only=True)
     assert best["mean"] == [0.4914, 0.4822, 0.4465] and best["epoch"] > 2
-    out = script(R3, *flags, 4).stdout  # without --resume it is that experiment again, from r2's last epoch
+    out = script(R3, *flags, 4).stdout  # without --resume it starts again from r2's last epoch
     assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
     assert "the run that was in checkpoints/cifar10_r3 is now in checkpoints/cifar10_r3.earlier1\n" in out
     assert re.sub(rb"[^,]*\n", b"\n", first) == re.sub(rb"[^,]*\n", b"\n", (r3 / "log.csv").read_bytes())
     assert before == {path.name: path.read_bytes() for path in r2.iterdir()}
     line = refused(R3, *flags, 9, "--seed", 1, "--resume")
-    assert "no checkpoints/cifar10_r2-crop-seed1/last.pt, from which cifar10_r3 goes on; run python" in line
+    assert "no checkpoints/cifar10_r2-crop-seed1/last.pt, which cifar10_r3 starts from; run python" in line
     line = refused(R2, *flags, 9, "--crop", "--resume", r3 / "last.pt")
-    assert "is of the run cifar10_r3; resume one of cifar10_r2-crop, or start without --resume" in line
+    assert "is from the run cifar10_r3; resume cifar10_r2-crop, or start without --resume" in line
 
 
 def test_r3_goes_on_from_a_finished_r2(refused, script, tmp_path, folders):
@@ -140,10 +140,10 @@ def test_r3_goes_on_from_a_finished_r2(refused, script, tmp_path, folders):
     script(R2, *flags, 1, "--crop")
     last = tmp_path / "checkpoints/cifar10_r2-crop/last.pt"
     checkpoint = torch.load(last, weights_only=True)
-    torch.save(checkpoint | {"recipe": checkpoint["recipe"] | {"epochs": 46}}, last)  # as if it were ended there
+    torch.save(checkpoint | {"recipe": checkpoint["recipe"] | {"epochs": 46}}, last)  # as if it had been ended there
     for resume in (["--resume"], ["--resume", last]):
         line = refused(R3, *flags, 60, *resume)
-        assert "last.pt is after epoch 1 of 46; finish that run first: python cifar10_r2.py --crop --resume" in line
+        assert "last.pt is at epoch 1 of 46; finish that run first: python cifar10_r2.py --crop --resume" in line
 
 
 def test_a_step_back_loses_neither_the_way_forward_nor_the_best(script, tmp_path, folders):
@@ -164,12 +164,12 @@ def best_and_record(folder):
 
 
 def test_best_is_the_best_of_the_log(script, tmp_path, folders):
-    """After the last epoch, the best so far, is lost, and the run goes on at another rate."""
+    """The last epoch, the best so far, is lost, and the run resumes at another learning rate."""
     flags = [R1, "--data", folders, "--lr", 0.02, "--epochs"]
     folder = tmp_path / "checkpoints/cifar10_r1"
     script(*flags, 20)
     accuracies = [float(row["test_accuracy"]) for row in log(folder)]
-    epochs = 1 + max(i for i in range(1, 20) if accuracies[i] > max(accuracies[:i]))  # the last that was the best
+    epochs = 1 + max(i for i in range(1, 20) if accuracies[i] > max(accuracies[:i]))  # the last new best
     assert epochs > 2
     script(*flags, epochs)
     (folder / "last.pt").write_bytes(b"damaged")
@@ -201,7 +201,7 @@ def test_what_is_left_of_a_run_is_an_earlier_run(script, tmp_path, folders):
     flags = [R1, "--data", folders, "--epochs", 2]
     script(*flags)
     folder = tmp_path / "checkpoints/cifar10_r1"
-    for path in folder.glob("last*.pt"):  # to save room
+    for path in folder.glob("last*.pt"):  # to save space
         path.unlink()
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "is now in checkpoints/cifar10_r1.earlier1\n" in script(*flags).stdout
@@ -209,7 +209,7 @@ def test_what_is_left_of_a_run_is_an_earlier_run(script, tmp_path, folders):
 
 
 def test_an_earlier_run_is_taken_up_again(script, tmp_path, folders):
-    """--resume was forgotten, and a new run has begun in the place of the one that was to go on."""
+    """A user forgot --resume, and a new run has taken the place of the one to resume."""
     flags = [R1, "--data", folders, "--epochs"]
     script(*flags, 3)
     folder = tmp_path / "checkpoints/cifar10_r1"

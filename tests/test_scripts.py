@@ -33,7 +33,7 @@ EPOCH = re.compile(
 
 
 def test_synthetic_in_a_minute(script, tmp_path):
-    """The README's first command, with fewer epochs: it learns, says what it trained on, and ends with the table."""
+    """The README's first command, with fewer epochs, learns, says what it trained on, and ends with the table."""
     out = script(R1, "--data", "synthetic", "--epochs", 8).stdout.splitlines()
     assert out[0] == "10000 training and 2000 test images of 10 classes (synthetic), on cpu in fp32"
     assert [EPOCH.fullmatch(line)[1] for line in out[1:9]] == [str(epoch) for epoch in range(1, 9)]
@@ -132,7 +132,7 @@ def test_a_terminal_gets_bars(tmp_path, folders):
     process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     os.close(theirs)
     output = b""
-    with contextlib.suppress(OSError):  # that is how Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while some := os.read(terminal, 10_000):
             output += some
     assert process.wait() == 0
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(script, refused, 
         last.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     assert "checkpoints/cifar10_r1/last.pt" in refused(*flags, "--evaluate")
     resumed = script(*flags, "--resume").stdout
-    assert ("; taking the one before\n" in resumed) == (damage != "gone")
+    assert ("; using the previous checkpoint\n" in resumed) == (damage != "gone")
     assert "resuming checkpoints/cifar10_r1/last.previous.pt after epoch 2\n" in resumed
     assert read_checkpoint(last.with_name("last.previous.pt"))["epoch"] == 2
     assert resumed[resumed.index("Accuracy") :] == out[out.index("Accuracy") :]
@@ -208,11 +208,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folde
     last = tmp_path / "checkpoints/cifar10_r1/last.pt"
     before = last.read_bytes()
     line = refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e30)
-    assert re.search(r"epoch:2: the loss is not finite at step \d+; take a lower --lr", line)
+    assert re.search(r"epoch:2: the loss is not finite at step \d+; use a lower --lr", line)
     assert last.read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------ what a user does wrong
+# ---------------------------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ def test_what_a_run_refuses(refused, script, tmp_path, folders):
     last = folder / "last.pt"
     assert "batch-size 64, this one has 32" in refused(R1, *flags, "--resume", "--batch-size", 32)
     assert "--seed 0, this one has 7" in refused(R1, *flags, "--resume", last, "--seed", 7)
-    assert "is of the run cifar10_r1; resume one of cifar10_r1-flip" in refused(R1, *flags, "--flip", "--resume", last)
-    assert "is of the run cifar10_r1; resume one of cifar10_r2" in refused(R2, *flags, "--resume", last)
+    assert "is from the run cifar10_r1; resume cifar10_r1-flip" in refused(R1, *flags, "--flip", "--resume", last)
+    assert "is from the run cifar10_r1; resume cifar10_r2" in refused(R2, *flags, "--resume", last)
     assert "model TutorialCNN, this run's has ResNet18" in refused(R2, *flags, "--evaluate", last)
     assert "is for inference and cannot be resumed" in refused(R1, *flags, "--resume", folder / "best.pt")
-    assert "no checkpoint" in refused(R1, *flags, "--evaluate", folders / "train/cat/0000.png")
+    assert "not a checkpoint" in refused(R1, *flags, "--evaluate", folders / "train/cat/0000.png")
     other = write_images(tmp_path / "other", classes=("cat", "dog", "fish"))
     assert "['cat', 'dog', 'frog']" in refused(R1, "--data", other, "--evaluate", last)
     assert "was trained on other data" in refused(R1, "--data", other, "--resume", last)
@@ -287,7 +287,7 @@ def test_one_epoch_on_cifar10(script, cifar10):
 
 
 def events(folder):
-    """The scalars in a run's folder as TensorBoard reads them, a dict from tag to (epoch, value) pairs."""
+    """Return the scalars in a run's folder as TensorBoard reads them: (epoch, value) pairs by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(folder / "tensorboard"))
@@ -330,13 +330,13 @@ utils.run(main)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="made for glibc")
 def test_large_activations_find_their_memory_again():
-    """In a page fault for each 4 KiB a step would spend half its time."""
+    """Otherwise a step would spend half of its time in page faults, one for each 4 KiB."""
     done = subprocess.run([sys.executable, "-c", ALLOCATE], stdout=subprocess.PIPE, check=True)
     assert int(done.stdout) < 2_000  # 10 times 20,480 otherwise
 
 
 def note_views(path):
-    """In the process of a script: appends to the file how many images SixViews is called with."""
+    """Append to the file how many images SixViews is called with in this process, which is a script's."""
     original = models.SixViews.forward
 
     def forward(self, images):

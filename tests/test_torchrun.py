@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def data(tmp_path):
-    return write_images(tmp_path / "data", train=31, test=11)  # 93 and 33 images: parts differ by one
+    return write_images(tmp_path / "data", train=31, test=11)  # 93 and 33 images: shares differ by one
 
 
 def begin(folder, torchrun, name, *flags):
@@ -32,7 +32,7 @@ def begin(folder, torchrun, name, *flags):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Runs a script on so many processes; returns its output."""
+    """Return a function that runs a script on this many processes and returns its output, or its error if it fails."""
 
     def run(processes, name, *flags, status=0):
         process = begin(tmp_path, f"--standalone --nproc-per-node={processes}", name, *flags)
@@ -50,7 +50,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_recipe_is_the_recipe(torchrun, script, tmp_path, data, processes):
-    """Without batch-norm, the weights of several processes are those of one, but for rounding."""
+    """Without batch-norm, several processes end with the weights of one process, except for rounding."""
     flags = ["--flip", "--batch-size", 32, "--lr", 0.02, "--epochs", 3, "--checkpoints"]
     script(R1, *flags, "one")
     out = torchrun(processes, R1, *flags, "several")
@@ -79,7 +79,7 @@ def test_a_network_with_batch_norm(torchrun, script, data):
 
 
 def test_the_network_that_is_tested_is_the_one_that_is_saved(torchrun, tmp_path, data):
-    """Batch-norm's statistics differ between processes as they train."""
+    """Batch-norm's statistics differ between processes while they train."""
     torchrun(2, R2, "--batch-size", 32, "--lr", 1e-3, "--epochs", 1, "--precision", "fp32")
     folder = tmp_path / "checkpoints/cifar10_r2"
     classifier, test = load_classifier(folder / "last.pt"), load_data(data)
@@ -92,7 +92,7 @@ def test_a_mistake_is_said_once(torchrun, tmp_path, data):
     assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
     line = "cifar10_r1.py: error: 2 processes cannot share 1 image for training\n"
     assert torchrun(2, R1, "--batch-size", 1, status=1).count(line) == 1
-    line = "cifar10_r2.py: error: --batch-size 3: batch-norm cannot train on a single image a process; take 5 or more\n"
+    line = "cifar10_r2.py: error: --batch-size 3: batch-norm cannot train on a single image per process; use 5 or more"
     assert torchrun(2, R2, "--batch-size", 3, status=1).count(line) == 1
     few = write_images(tmp_path / "few", classes=("cat", "dog"), train=9, test=1)
     line = "cifar10_r1.py: error: 3 processes cannot share 2 images for testing\n"
@@ -131,7 +131,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
 
 
 def two_nodes(tmp_path, *flags, restarts=0):
-    """Starts a node with these flags on each of two nodes. flags: two lists, for nodes that differ."""
+    """Start r1 with these flags on two nodes and return their processes. flags: two lists if the nodes differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
