@@ -15,7 +15,7 @@ from torch import nn
 from models import TutorialCNN
 
 EPOCHS = 26
-BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes three times as long and the accuracy is noisier
+BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes six times as long (docs/speed.md)
 LR = 0.008  # constant. The tutorial's 0.001 is for its small batch
 MOMENTUM = 0.9  # the tutorial's. Nesterov's form oscillates less at a constant rate, which is worth 1.5 %
 WEIGHT_DECAY = 1e-3  # worth 0.5 %. The tutorial has none

@@ -17,7 +17,7 @@ BATCH_SIZE = 64  # smaller batches make batch-norm noisier, so the network overf
 LR = 4e-4  # constant, for AdamW. SGD at a constant rate ends about one percent lower after as many epochs
 WEIGHT_DECAY = 0.05
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as in much CIFAR-10 code
 
 
 def main():

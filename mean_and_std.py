@@ -181,7 +181,7 @@ def main() -> None:
     ):
         print(f"{name:4} {' '.join(f'{value:.8f}' for value in values)}  {what}")
     print()
-    print("cifar10_r3.py and the later scripts use the first std, as most CIFAR-10 code does, so that figures can be")
+    print("cifar10_r3.py and the later scripts use the first std, as much CIFAR-10 code does, so that figures can be")
     print("compared. Only with the second do the normalised pixels have a std of 1. A network trains with either.")
     if args.plot:
         histograms(data.train_images, statistics.mean, statistics.std, args.plot)

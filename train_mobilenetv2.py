@@ -20,7 +20,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-4
 LABEL_SMOOTHING = 0.1
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
-STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as is usual for CIFAR-10
+STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as in much CIFAR-10 code
 
 
 def main():

@@ -2,18 +2,19 @@
 
 python -m benchmarks.throughput                # all scripts, 20 minutes on two cores
 python -m benchmarks.throughput --only r1 r2   # only scripts whose command contains one of these
-python -m benchmarks.throughput --compile      # torch.compile: does it pay?
+python -m benchmarks.throughput --alternatives # what each way of this repository to be fast is worth
 
-Prints a table in Markdown. Saved as throughput.md in a machine's folder of results/, it appears in docs/speed.md.
-Network, batch size, optimizer, precision and augmentation are the script's own. Every figure is the median over rounds
-in which the candidates take turns, so that a machine that drifts favours none:
+Prints a table in Markdown. Saved as throughput.md or alternatives.md in a machine's folder of results/, it appears in
+docs/speed.md. Network, batch size, optimizer, precision and augmentation are the script's own, but for the baseline's.
+Every figure is the median over rounds in which the candidates take turns, so that a machine that drifts favours none:
 
 baseline      a torchvision dataset of PIL images, torchvision's transforms and a DataLoader with a worker per core;
               float32, contiguous memory, no fused optimizer, a plain loop with `.item()` at each step, no cutout
 ours          the script
 ours in fp32  the script with --precision fp32, if it would use another precision
 limit         ours on one batch that lies on the device already, which no data path can beat
-compiled      limit with torch.compile, measured with --compile
+
+With --alternatives the candidates are the limit, and the limit with one thing changed (ALTERNATIVES below).
 
 Each candidate runs in its own process. `share` is the part of the device's computing power that ours uses: the
 operations per second in the network's convolutions and matrix products, divided by the operations per second in a
@@ -33,6 +34,7 @@ import utils
 
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -42,9 +44,51 @@ from harness.command_line import positive_int
 from harness.data import Data
 from harness.operations import count_operations
 from harness.terminal import UserError, run
+from models.cpu_layers import Conv3x3, SideBySide, StridedDepthwise
 
 TRAIN, TEST = utils.train, utils.test  # `prepare` replaces them in utils
 Round = Callable[[], int]  # trains on or tests some images, and returns how many
+
+
+class Alternative(NamedTuple):
+    """Another way to train. change: makes a prepared script train that way; words: of the commands to measure."""
+
+    change: Callable[[Prepared], None]
+    words: tuple[str, ...]
+
+
+def compile_network(script: Prepared) -> None:
+    script.train_step.forward = torch.compile(script.model)
+
+
+def use_plain_convolutions(script: Prepared) -> None:
+    Conv3x3.forward = nn.Conv2d.forward
+
+
+def take_images_one_by_one(script: Prepared) -> None:
+    SideBySide.SIDE = 0
+
+
+def use_plain_depthwise(script: Prepared) -> None:
+    StridedDepthwise.forward = nn.Conv2d.forward
+
+
+def clamp_in_place(script: Prepared) -> None:
+    for module in script.model.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+
+
+CANDIDATES = ["baseline", "ours", "ours in fp32", "limit"]
+GIVE_BACK = "freed memory given back"
+ALTERNATIVES = {
+    "torch.compile": Alternative(compile_network, ("",)),
+    "plain 3x3 convolutions": Alternative(use_plain_convolutions, ("r2.py", "r4.py", "r5.py")),
+    "gradients image by image": Alternative(take_images_one_by_one, ("r2.py", "r4.py", "r5.py")),
+    "plain depthwise convolutions": Alternative(use_plain_depthwise, ("mobilenetv2.py",)),
+    "ReLU6 in place": Alternative(clamp_in_place, ("mobilenetv2.py",)),
+    GIVE_BACK: Alternative(lambda script: None, ("",)),  # it is changed before the script is prepared
+}
 
 
 class About(NamedTuple):
@@ -128,12 +172,10 @@ def ours(script: Prepared, training: bool) -> Round:
     return run_round
 
 
-def limit(script: Prepared, training: bool, compiled: bool = False) -> Round:
+def limit(script: Prepared, training: bool) -> Round:
     """Return a function that trains on or tests one batch that lies on the device already, again and again."""
     loader, model = script.train_loader if training else script.test_loader, script.model.train(training)
     batch = next(iter(loader))
-    if compiled:
-        script.train_step.forward = torch.compile(model)
 
     def run_round():
         for _ in range(len(loader)):
@@ -154,15 +196,17 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark itself handles Ctrl-C
     data = first_images(data, command, device, training)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what a script prints about its data
-    if candidate == "baseline":
+    if candidate in ("baseline", GIVE_BACK):
         utils.keep_freed_memory = lambda: None
     script = prepare(command, data, device, "fp32" if candidate in ("baseline", "ours in fp32") else None)
+    if candidate in ALTERNATIVES:
+        ALTERNATIVES[candidate].change(script)
     if candidate == "baseline":
         run_round = baseline(script, data, training)
-    elif candidate in ("limit", "compiled"):
-        run_round = limit(script, training, compiled=candidate == "compiled")
-    else:
+    elif candidate.startswith("ours"):
         run_round = ours(script, training)
+    else:
+        run_round = limit(script, training)
     run_round()  # warms up
     loader = script.train_loader if training else script.test_loader
     precision, batch_size = devices.name_precision(script.train_loader.dtype), max(loader.batch_sizes)
@@ -229,31 +273,46 @@ def most_operations(device: torch.device, precision: str) -> float:
     return 2 * 4096**3 / statistics.median(seconds)
 
 
+def row_of(script: str, about: About, rates: dict, memory: dict, share: str) -> list[str]:
+    """Return a row of the table that compares the script with the usual way and with the limit."""
+    cells = [script, about.batch_size, about.precision, *(f"{rates.get(name, 0):,.0f}" for name in CANDIDATES)]
+    cells += [f"{rates['ours'] / rates['baseline']:.2f}", f"{rates['ours'] / rates['limit']:.2f}", share]
+    cells += [f"{memory.get(name, 0):,.0f}" for name in CANDIDATES]
+    return ["" if cell == "0" else str(cell) for cell in cells]
+
+
+def print_row(cells: list[str]) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = BenchmarkLine(__doc__)
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: 5)")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile instead")
+    parser.add_argument("--alternatives", action="store_true", help="measure the alternatives instead")
     args, commands, data, device = parser.parse()
     machine = f"torch {torch.__version__}, {devices.device_name(device)}; {data.source}"
-    candidates = ["limit", "compiled"] if args.compile else ["baseline", "ours", "ours in fp32", "limit"]
-    ratios = [("compiled", "limit")] if args.compile else [("ours", "baseline"), ("ours", "limit")]
-    columns = ["script", "batch", "precision", *candidates, *(f"{one}/{other}" for one, other in ratios), "share"]
-    columns += [f"MB, {candidate}" for candidate in candidates]
-    print(f"Images a second by {machine}; medians of {args.rounds} rounds.\n")
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+    also = ", and the alternatives' in parts of the limit's" if args.alternatives else ""
+    print(f"Images a second{also}, by {machine}; medians of {args.rounds} rounds.\n")
+    if args.alternatives:
+        columns = ["script", "limit", *ALTERNATIVES]
+    else:
+        columns = ["script", "batch", "precision", *CANDIDATES, "ours/baseline", "ours/limit", "share"]
+        columns += [f"MB, {candidate}" for candidate in CANDIDATES]
+    print_row(columns)
+    print(f"|{' --- |' * len(columns)}", flush=True)
     for command in commands:
-        for kind in ("training",) if args.compile else ("training", "testing"):
-            about, rates, memory = measure(command, kind == "training", candidates, data, device, args.rounds)
+        if args.alternatives:
+            chosen = [name for name, way in ALTERNATIVES.items() if any(word in command for word in way.words)]
+            _, rates, _ = measure(command, True, ["limit", *chosen], data, device, args.rounds)
+            ratios = [f"{rates[name] / rates['limit']:.2f}" if name in rates else "" for name in ALTERNATIVES]
+            print_row([f"`{command}`", f"{rates['limit']:,.0f}", *ratios])
+            continue
+        for training in (True, False):
+            about, rates, memory = measure(command, training, CANDIDATES, data, device, args.rounds)
             share = ""
-            if kind == "training":
-                done = rates[ratios[0][0]] * about.operations
-                share = f"{done / most_operations(device, about.precision):.2f}"
-            cells = [f"`{command}`" + ("" if kind == "training" else ", testing"), about.batch_size, about.precision]
-            cells += [f"{rates[candidate]:,.0f}" if candidate in rates else "" for candidate in candidates]
-            cells += [f"{rates[one] / rates[other]:.2f}" for one, other in ratios]
-            cells.append(share)
-            cells += [f"{memory[candidate]:,.0f}" if candidate in memory else "" for candidate in candidates]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            if training:
+                share = f"{rates['ours'] * about.operations / most_operations(device, about.precision):.2f}"
+            print_row(row_of(f"`{command}`" + ("" if training else ", testing"), about, rates, memory, share))
 
 
 if __name__ == "__main__":

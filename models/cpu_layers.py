@@ -1,9 +1,17 @@
-"""Convolutions that a CPU computes faster in another way. On other devices they are torch's own."""
+"""Convolutions that a CPU computes faster in another way.
+
+On other devices, and where torch.compile or torch.export traces them, they are torch's own.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+def has_own_way(x: torch.Tensor) -> bool:
+    """Return whether these layers compute x in a way of their own. A tracer cannot follow SideBySide's gradient."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Conv3x3(nn.Conv2d):
@@ -21,9 +29,11 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         side = max(x.shape[2:])
-        if x.device.type == "cpu" and side <= 2:
+        if not has_own_way(x):
+            return super().forward(x)
+        if side <= 2:
             return self.as_linear(x)
-        if x.device.type == "cpu" and side <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if side <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return SideBySide.apply(x, self.weight.to(x.dtype), self.stride)
         return super().forward(x)
 
@@ -91,7 +101,7 @@ class StridedDepthwise(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        if not has_own_way(x):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)

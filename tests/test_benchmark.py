@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import R5, ROOT
 
-from benchmarks.scripts import prepare
+from benchmarks.scripts import IMAGES, prepare
+from benchmarks.throughput import ALTERNATIVES, GIVE_BACK
 from harness.data import load_data
 from models import WhitenedCNN
 
@@ -38,6 +39,22 @@ def test_every_candidate_is_measured():
         assert float(row["ours/limit"]) == pytest.approx(ours / limit, rel=0.05)
         assert all(float(row[f"MB, {name}"].replace(",", "")) > 0 for name in ("baseline", "ours", "limit"))
     assert 0 < float(training["share"]) < 1 and testing["share"] == ""
+
+
+def test_alternatives_are_compared_with_the_limit():
+    first, _, head, _, row = benchmark(
+        "throughput", "--alternatives", "--only", "batch-size", "--rounds", "1"
+    ).splitlines()
+    assert "in parts of the limit's" in first
+    names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, row))
+    measured = {name for name, cell in zip(names, cells, strict=True) if cell}
+    assert measured == {"script", "limit", "torch.compile", GIVE_BACK}  # r1 has no layer with a way of its own
+    assert 0 < float(cells[names.index("torch.compile")]) < 10
+
+
+@pytest.mark.parametrize("name, alternative", ALTERNATIVES.items())
+def test_an_alternative_is_of_a_script(name, alternative):
+    assert any(word in command for word in alternative.words for command in IMAGES)
 
 
 def test_a_script_is_measured_as_it_trains(monkeypatch):

@@ -50,6 +50,16 @@ def test_resnet18_is_torchvisions():
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("network", [ResNet18, MobileNetV2, WhitenedCNN])
+def test_a_network_can_be_compiled(network):
+    """In bf16, where layers have gradients of their own, torch.compile traces the network as one graph."""
+    model, images = network(num_classes=3), torch.randn(4, 3, 32, 32).bfloat16()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv3x3_is_torchs(side, stride):
