@@ -22,6 +22,7 @@ import torch
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
 from matplotlib.lines import Line2D
+from PIL import Image, ImageOps
 
 from harness.data import Data, load_data
 from harness.devices import choose_device
@@ -146,6 +147,28 @@ def mistakes(
         axis.imshow(images[i].permute(1, 2, 0).numpy())
         taken_for = classes[predictions[i]]
         axis.set_title(f"{taken_for} {100 * confidence[i]:.1f} %\nis {classes[labels[i]]}", size=10)
+    save(figure, path)
+
+
+@own_settings
+def pictures(texts: dict[str, list[str]], path: Path, most: int = 40) -> None:
+    """Draw the first pictures, by path, each with its lines of text."""
+    shown = [*texts.items()][:most]
+    columns = min(5, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, (name, lines) in zip(axes, shown, strict=False):
+        with Image.open(name) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image.thumbnail((200, 200))
+            axis.imshow(np.asarray(image))
+        axis.axis("on")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title("\n".join(map(escape_unprintable, lines)), size=10)
     save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 python predict.py cat.jpg holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt
 python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt --json
+python predict.py holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt --plot holiday.png
 
 Pictures of any size are scaled to 32x32 as in ImageNet32x32 (Chrabaszcz, Loshchilov and Hutter, "A Downsampled Variant
 of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape, by averaging over
@@ -9,9 +10,11 @@ boxes. An object that fills the picture is classified best, as in CIFAR-10 itsel
 """
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.terminal import CommandLine, UserError, nonempty_path, run
+from harness.terminal import CommandLine, UserError, nonempty_path, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
@@ -22,6 +25,8 @@ import models
 from harness.data import find_images, read_image
 from harness.devices import choose_device
 from harness.files import read_checkpoint
+
+BATCH_SIZE = 100  # so any number of pictures fits into memory
 
 
 class Classifier(nn.Module):
@@ -73,6 +78,33 @@ def read_picture(path: str | Path) -> torch.Tensor:
     return torch.from_numpy(read_image(path, resize=True).transpose(2, 0, 1).copy())
 
 
+def likeliest_classes(
+    classifier: Classifier, paths: Sequence[str | Path], classes: int = 3
+) -> Iterator[tuple[str | Path, dict[str, float]]]:
+    """Yield each picture's path, and the probabilities of its likeliest classes by class.
+
+    Raises UserError if a picture cannot be read.
+    """
+    for first in range(0, len(paths), BATCH_SIZE):
+        batch = paths[first : first + BATCH_SIZE]
+        images = torch.stack([read_picture(path) for path in batch]).to(classifier.mean.device)
+        top = classifier(images).softmax(1).topk(min(classes, len(classifier.classes)))
+        for path, probabilities, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
+            yield path, {classifier.classes[i]: p for i, p in zip(indices, probabilities, strict=True)}
+
+
+def picture_file(name: str) -> Path:
+    """Return the path of a picture to draw."""
+    import plot  # here, because it imports matplotlib, which would make every start slower
+
+    return plot.picture(name)
+
+
+def percentages(probabilities: dict[str, float]) -> list[str]:
+    """Return each class with its probability as text."""
+    return [f"{name} {100 * p:.1f} %" for name, p in probabilities.items()]
+
+
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -80,18 +112,10 @@ def main() -> None:
     add("--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add("--json", action="store_true", help="print JSON")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the first 40 pictures with their likeliest classes")
     args = parser.parse_args()
 
-    device = choose_device(args.device)
-    classifier = load_classifier(args.checkpoint, device)
-    paths = [path for given in args.pictures for path in (find_images(given) if given.is_dir() else [given])]
-    pictures = torch.stack([read_picture(path) for path in paths])
-    probabilities = torch.cat([classifier(batch.to(device)).softmax(1).cpu() for batch in pictures.split(500)])
-    values, indices = probabilities.topk(min(3, len(classifier.classes)))
-    top = [
-        {classifier.classes[i]: p for p, i in zip(*pair, strict=True)}
-        for pair in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
+    classifier = load_classifier(args.checkpoint, choose_device(args.device))
     network = {
         "checkpoint": str(args.checkpoint),
         "network": type(classifier.network).__name__,
@@ -101,16 +125,26 @@ def main() -> None:
         "tested_on": classifier.tested_on,
         "test_accuracy": classifier.accuracy,
     }
+    if not args.json:
+        print(
+            f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
+            f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
+        )
+    paths = [path for given in args.pictures for path in (find_images(given) if given.is_dir() else [given])]
+    predictions = []
+    with progress_bar(total=len(paths), leave=False) as bar:
+        for path, probabilities in likeliest_classes(classifier, paths):
+            predictions.append({"file": str(path), "probabilities": probabilities})
+            if not args.json:
+                bar.write(f"{path}: {', '.join(percentages(probabilities))}", file=sys.stdout)
+            bar.update()
     if args.json:
-        predictions = [{"file": str(path), "probabilities": p} for path, p in zip(paths, top, strict=True)]
         print(json.dumps(network | {"predictions": predictions}, indent=1))
-        return
-    print(
-        f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
-        f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
-    )
-    for path, probability in zip(paths, top, strict=True):
-        print(f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in probability.items())}")
+    if args.plot:
+        import plot
+
+        plot.pictures({each["file"]: percentages(each["probabilities"]) for each in predictions}, args.plot)
+        print(f"the pictures are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
 
 if __name__ == "__main__":

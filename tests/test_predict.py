@@ -41,6 +41,26 @@ def test_pictures_and_folders(script, tmp_path, trained):
     assert (answer["test_accuracy"], answer["epoch"]) == (best["accuracy"], best["epoch"])
 
 
+def test_pictures_are_drawn(script, tmp_path, trained):
+    for number in range(7):
+        Image.new("RGB", (300, 200), (40, 160, 40)).save(tmp_path / f"{number}.jpg")
+    pictures = [f"{number}.jpg" for number in range(7)]
+    out = script("predict.py", *pictures, "--checkpoint", trained, "--plot", "all.png").stdout
+    assert out.endswith("the pictures are in all.png\n")
+    drawn = np.asarray(Image.open(tmp_path / "all.png").convert("RGB")).astype(int)
+    green = (abs(drawn - (40, 160, 40)).max(2) < 12).mean()
+    assert 0.2 < green < 0.6 and drawn.shape[1] > drawn.shape[0]  # seven pictures in two rows of five
+    last = drawn[drawn.shape[0] // 2 :]
+    assert (abs(last - (40, 160, 40)).max(2) < 12).any() and (last[:, last.shape[1] // 2 :] == 255).mean() > 0.95
+
+
+def test_more_pictures_than_a_batch(script, tmp_path, trained):
+    for number in range(predict.BATCH_SIZE + 5):
+        Image.new("L", (32, 32), 40 if number % 2 else 160).save(tmp_path / f"{number:03}.png")
+    out = script("predict.py", *sorted(tmp_path.glob("*.png")), "--checkpoint", trained).stdout.splitlines()[1:]
+    assert [line.split(": ")[1].split()[0] for line in out] == [("frog", "cat")[i % 2] for i in range(105)]
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != R3])
 @pytest.mark.long
 def test_the_function_gives_the_accuracy_that_the_run_had(script, tmp_path, folders, name):
@@ -91,6 +111,7 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
         ("cut.png --checkpoint best.pt", "cut.png is not a readable image"),
         ("bomb.png --checkpoint best.pt", "bomb.png is not a readable image"),
         ("good.png empty --checkpoint best.pt", "empty holds no image"),
+        ("good.png --checkpoint best.pt --plot out.xyz", "'out.xyz' has no picture suffix"),
     ],
 )
 def test_mistakes_are_refused(refused, tmp_path, flags, words):
