@@ -50,7 +50,7 @@ def test_resnet18_is_torchvisions():
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [ResNet18, MobileNetV2, WhitenedCNN])
+@pytest.mark.parametrize("network", [ResNet18, WhitenedCNN])
 def test_a_network_can_be_compiled(network):
     """In bf16, where layers have gradients of their own, torch.compile traces the network as one graph."""
     model, images = network(num_classes=3), torch.randn(4, 3, 32, 32).bfloat16()
