@@ -1,6 +1,6 @@
 """Measure how fast the scripts train and test, compared with the usual way and with what is possible.
 
-python -m benchmarks.throughput                # all scripts, 20 minutes on two cores
+python -m benchmarks.throughput                # all scripts, half an hour on two cores
 python -m benchmarks.throughput --only r1 r2   # only scripts whose command contains one of these
 python -m benchmarks.throughput --alternatives # what each way of this repository to be fast is worth
 
@@ -213,6 +213,8 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
     pipe.send(About(batch_size, precision, count_operations(script.model)))
     with contextlib.suppress(EOFError):  # the benchmark was ended
         while pipe.recv():
+            if candidate != "baseline":
+                run_round()  # the others have emptied the caches, and baseline's workers are still filling their queues
             begin = time.perf_counter()
             done = run_round()
             seconds = time.perf_counter() - begin
@@ -243,8 +245,6 @@ def measure(
             with contextlib.suppress(BrokenPipeError):
                 pipe.send(True)
             answers[candidate].append(receive(pipe, command, candidate))
-            if candidate == "baseline":
-                time.sleep(1)  # its workers fill their queues, or they would slow down the next candidate
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
