@@ -151,9 +151,9 @@ def mistakes(
 
 
 @own_settings
-def pictures(texts: dict[str, list[str]], path: Path, most: int = 40) -> None:
-    """Draw the first pictures, by path, each with its lines of text."""
-    shown = [*texts.items()][:most]
+def pictures(texts: dict[str, list[str]], path: Path) -> None:
+    """Draw the first 40 pictures, by path, each with its lines of text."""
+    shown = [*texts.items()][:40]
     columns = min(5, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2 * columns, 2.8 * rows), layout="constrained")

@@ -79,16 +79,16 @@ def read_picture(path: str | Path) -> torch.Tensor:
 
 
 def likeliest_classes(
-    classifier: Classifier, paths: Sequence[str | Path], classes: int = 3
+    classifier: Classifier, paths: Sequence[str | Path]
 ) -> Iterator[tuple[str | Path, dict[str, float]]]:
-    """Yield each picture's path, and the probabilities of its likeliest classes by class.
+    """Yield each picture's path, and the probabilities of its three likeliest classes by class.
 
     Raises UserError if a picture cannot be read.
     """
     for first in range(0, len(paths), BATCH_SIZE):
         batch = paths[first : first + BATCH_SIZE]
         images = torch.stack([read_picture(path) for path in batch]).to(classifier.mean.device)
-        top = classifier(images).softmax(1).topk(min(classes, len(classifier.classes)))
+        top = classifier(images).softmax(1).topk(min(3, len(classifier.classes)))
         for path, probabilities, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
             yield path, {classifier.classes[i]: p for i, p in zip(indices, probabilities, strict=True)}
 

@@ -275,10 +275,11 @@ def most_operations(device: torch.device, precision: str) -> float:
 
 def row_of(script: str, about: About, rates: dict, memory: dict, share: str) -> list[str]:
     """Return a row of the table that compares the script with the usual way and with the limit."""
-    cells = [script, about.batch_size, about.precision, *(f"{rates.get(name, 0):,.0f}" for name in CANDIDATES)]
-    cells += [f"{rates['ours'] / rates['baseline']:.2f}", f"{rates['ours'] / rates['limit']:.2f}", share]
-    cells += [f"{memory.get(name, 0):,.0f}" for name in CANDIDATES]
-    return ["" if cell == "0" else str(cell) for cell in cells]
+    speeds, peaks = (
+        [f"{figures[name]:,.0f}" if name in figures else "" for name in CANDIDATES] for figures in (rates, memory)
+    )
+    ratios = [f"{rates['ours'] / rates[name]:.2f}" for name in ("baseline", "limit")]
+    return [script, str(about.batch_size), about.precision, *speeds, *ratios, share, *peaks]
 
 
 def print_row(cells: list[str]) -> None:
