@@ -1,14 +1,19 @@
 """Classify pictures with a trained network.
 
-python predict.py cat.jpg holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt
-python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt --json
-python predict.py holiday/ --checkpoint checkpoints/cifar10_r4-cifar/best.pt --plot holiday.png
+python predict.py cat.jpg holiday/                # with a network from checkpoints/
+python predict.py holiday/ --plot holiday.png     # draw them
+python predict.py cat.jpg --json --checkpoint mobilenetv2  # with another one
+python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt
+python predict.py --export model.onnx             # for use without this repository; .pt2 for torch.export
 
 Pictures of any size are scaled to 32x32 as in ImageNet32x32 (Chrabaszcz, Loshchilov and Hutter, "A Downsampled Variant
 of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape, by averaging over
 boxes. An object that fills the picture is classified best, as in CIFAR-10 itself.
 """
 
+import argparse
+import copy
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +29,11 @@ from torch import nn
 import models
 from harness.data import find_images, read_image
 from harness.devices import choose_device
-from harness.files import read_checkpoint
+from harness.files import read_checkpoint, write_atomically
+from harness.shipped import shipped_file
 
 BATCH_SIZE = 100  # so any number of pictures fits into memory
+DEFAULT = "r5"  # the network in checkpoints/ that is used if none is named
 
 
 class Classifier(nn.Module):
@@ -53,12 +60,13 @@ class Classifier(nn.Module):
         return self.network((images / 255 - self.mean) / self.std).float()
 
 
-def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-    """Load the Classifier of a checkpoint, `best.pt` or `last.pt`, in evaluation mode and without gradients.
+def load_classifier(name: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Classifier:
+    """Load the Classifier of a checkpoint in evaluation mode and without gradients.
 
-    Raises UserError if the file is missing, damaged, or of a network that is not in models/.
+    name: of a network in checkpoints/, such as "r5", or a file: `best.pt` or `last.pt` of a run. Raises UserError if
+    the file is missing, damaged, or of a network that is not in models/.
     """
-    path = Path(path)
+    path = shipped_file(name)
     checkpoint = read_checkpoint(path)
     name = checkpoint["model"]
     if name not in models.__all__:
@@ -93,6 +101,41 @@ def likeliest_classes(
             yield path, {classifier.classes[i]: p for i, p in zip(indices, probabilities, strict=True)}
 
 
+def export(classifier: Classifier, path: Path) -> None:
+    """Write the classifier to a file that runs without this repository, .onnx or .pt2 (torch.export).
+
+    It takes `images`, uint8 of shape (N, 3, 32, 32) for any N, and returns `probabilities`, float32 of shape
+    (N, classes). The names of the classes are in the ONNX file's metadata and the .pt2's extra file, as a JSON list.
+    Raises UserError if a package is missing or the file cannot be written.
+    """
+    plain = copy.deepcopy(classifier).cpu().to(memory_format=torch.contiguous_format)  # torch.export warns of others
+    network = nn.Sequential(plain, nn.Softmax(1))
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    classes = json.dumps(classifier.classes)
+    if path.suffix == ".pt2":
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={"classes": classes})
+        write_atomically(path, content.getbuffer())
+        return
+    try:
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["probabilities"], verbose=False
+        )
+    except ImportError:
+        raise UserError("--export to .onnx needs two more packages: pip install onnx onnxscript") from None
+    onnx.model.metadata_props["classes"] = classes
+    write_atomically(path, onnx.model_proto.SerializeToString())
+
+
+def exported_file(name: str) -> Path:
+    """Return the path of a file to export to."""
+    path = nonempty_path(name)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not a name for --export; end it in .onnx or .pt2")
+    return path
+
+
 def picture_file(name: str) -> Path:
     """Return the path of a picture to draw."""
     import plot  # here, because it imports matplotlib, which would make every start slower
@@ -108,14 +151,28 @@ def percentages(probabilities: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("pictures", nargs="+", type=nonempty_path, metavar="IMAGE", help="a file, or a folder of them")
-    add("--checkpoint", type=nonempty_path, required=True, metavar="FILE", help="best.pt or last.pt of a run's folder")
+    add("pictures", nargs="*", type=nonempty_path, metavar="IMAGE", help="a file, or a folder of them")
+    add(
+        "--checkpoint",
+        type=nonempty_path,
+        default=Path(DEFAULT),
+        metavar="NAME",
+        help="a network in checkpoints/, or best.pt or last.pt of a run (default: %(default)s)",
+    )
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=picture_file, metavar="FILE", help="draw the first 40 pictures with their likeliest classes")
+    add("--export", type=exported_file, metavar="FILE", help="only write the network to a .onnx or .pt2 file")
     args = parser.parse_args()
+    if bool(args.pictures) == bool(args.export):
+        parser.error("name pictures to classify, or a file to --export the network to")
 
     classifier = load_classifier(args.checkpoint, choose_device(args.device))
+    if args.export:
+        export(classifier, args.export)
+        classes = ", ".join(classifier.classes)
+        print(f"{args.export} takes images, uint8 of shape (N, 3, 32, 32), and returns probabilities of {classes}")
+        return
     network = {
         "checkpoint": str(args.checkpoint),
         "network": type(classifier.network).__name__,

@@ -8,6 +8,7 @@ python reproduce.py --only r1-flip --seeds 200 --jobs 4 --ray auto  # four on ea
 python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
 python reproduce.py --list                   # the rows, and how far each has got
 python reproduce.py --readme                 # rewrite the tables and pictures of README and docs from results/
+python reproduce.py --ship mobilenetv2 --only mobilenetv2  # store this row's network in checkpoints/, for predict.py
 
 It can be interrupted and started again at any time. Finished rows are skipped, and an unfinished row resumes. The
 record of a finished row goes into results/mine. It is compared with the records of other machines, in the folders
@@ -50,6 +51,7 @@ from harness.results import (
     results_table,
     training_seconds,
 )
+from harness.shipped import ship, shipped_tables
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
 TRAINING_IMAGES = 50_000  # of CIFAR-10
@@ -230,8 +232,10 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def pages(machines: Machines) -> dict[Path, str]:
     """Return the pages with their tables rewritten, by path. Raise UserError if a table has no place."""
+    networks, networks_by_class = shipped_tables()
     tables = {
         ROOT / "README.md": {"results": results_table(ROWS, machines)},
+        ROOT / "checkpoints/README.md": {"networks": networks, "networks by class": networks_by_class},
         ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
         ROOT / "docs/speed.md": {name: measured(name) for name in ("throughput", "alternatives")},
     }
@@ -308,6 +312,7 @@ def main() -> None:
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only list the rows")
     add("--readme", action="store_true", help="only rewrite the tables and pictures of README and docs")
+    add("--ship", metavar="NAME", help="only store the last network of the row --only as checkpoints/NAME.pt")
     parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add(
@@ -337,6 +342,12 @@ def main() -> None:
             run = ROWS[name].run + run_suffix(seed, False, args.data)
             folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
             jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
+    if args.ship:
+        if len(args.only) != 1:
+            parser.error("--ship takes the network of a single row; name it with --only")
+        path = ship(args.ship, jobs[-1].folder, jobs[-1].record.name)
+        print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
+        return
     handle_signals("; the same command resumes")
     finished = [job.record for job in jobs if job.is_finished()]
     if not args.list or args.data == "synthetic" or Path(args.data).exists():  # listing the rows must download nothing

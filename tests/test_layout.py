@@ -23,6 +23,7 @@ ROOMS = {  # in order, with the rooms that each may import
     "cluster": "terminal jobs",
     "statistics": "",
     "results": "terminal statistics",
+    "shipped": "terminal files results",
     "recipe": "terminal files",
     "folder": "terminal files",
     "checkpoints": "terminal files processes operations recipe records folder",

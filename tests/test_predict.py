@@ -1,11 +1,13 @@
 """predict.py: the predictions of a trained network, on the command line and as a function."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import R1, R3, SCRIPTS, Trap, write_images
+from helpers import R1, R3, ROOT, SCRIPTS, Trap, write_images
 from PIL import Image
 
 import predict
@@ -13,11 +15,13 @@ from harness.data import list_images
 from models import TutorialCNN
 
 
-@pytest.fixture
-def trained(script, tmp_path, folders):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """Return the best.pt of a run that tells the three classes apart by their brightness."""
-    script(R1, "--data", folders, "--epochs", 20, "--lr", 0.02)
-    return tmp_path / "checkpoints/cifar10_r1/best.pt"
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--data", write_images(folder / "pictures"), "--epochs", 20, "--lr", 0.02]
+    subprocess.run([sys.executable, ROOT / R1, *map(str, flags)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "checkpoints/cifar10_r1/best.pt"
 
 
 def test_pictures_and_folders(script, tmp_path, trained):
@@ -96,7 +100,10 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("good.png", "the following arguments are required: --checkpoint"),
+        ("", "name pictures to classify, or a file to --export the network to"),
+        ("good.png --export model.pt2", "name pictures to classify, or a file to --export the network to"),
+        ("--export model.pth", "'model.pth' is not a name for --export; end it in .onnx or .pt2"),
+        ("--export none/model.pt2", "none/model.pt2 cannot be written: No such file or directory"),
         ("good.png --checkpoint none.pt", "none.pt cannot be read: No such file or directory"),
         ("good.png --checkpoint text.pt", "text.pt is damaged or not a checkpoint"),
         (

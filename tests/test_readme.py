@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import ROOT, SCRIPTS, write_images
+from helpers import CIFAR10_CLASSES, ROOT, SCRIPTS, write_images
 from PIL import Image
 
 pytestmark = pytest.mark.long
@@ -20,7 +20,7 @@ def commands():
     """Return each `python SCRIPT ...` of the pages once, in order, without its number of epochs."""
     found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", PAGES, re.MULTILINE)
     found = dict.fromkeys(re.sub(r" --epochs \d+", "", command) for command in found)
-    return [command for command in found if not command.startswith(ELSEWHERE)]
+    return [command for command in found if not command.startswith(ELSEWHERE) and not command.endswith(".onnx")]
 
 
 def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
@@ -42,4 +42,5 @@ def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
     (snippet,) = re.findall(r"(?:^    .*\n)*^    from predict import .*\n(?:^    .*\n)*", README, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     exec("\n".join(line[4:] for line in snippet.splitlines()), {})
-    assert re.fullmatch(r"(cat|dog|frog) \(\d+\.\d % of the test images are right\)\n", capsys.readouterr().out)
+    answer = re.fullmatch(r"(\w+) \(\d+\.\d % of the test images are right\)\n", capsys.readouterr().out)
+    assert answer[1] in CIFAR10_CLASSES

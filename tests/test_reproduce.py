@@ -312,6 +312,7 @@ def test_readme_and_docs_say_what_the_records_say():
     changed = text.replace("| `python cifar10_r1.py` | 60 |", "| `python cifar10_r1.py` | 61 |")
     table = {"results": results_table(reproduce.ROWS, read_records())}
     assert changed != text and reproduce.fill(changed, table) == text
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+    pages = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "checkpoints/README.md"))
+    for page in (*pages, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
