@@ -24,12 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.terminal import CommandLine, UserError, handle_signals, nonempty_path, progress_bar, run
+from harness.terminal import CommandLine, UserError, handle_signals, nonempty_path, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
 import torch
-from tqdm import tqdm
 
 import models
 import plot
@@ -37,7 +36,7 @@ from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
-from harness.jobs import Task, run_side_by_side
+from harness.jobs import Bars, Task, run_side_by_side
 from harness.operations import petaflop
 from harness.results import (
     RESULTS,
@@ -167,34 +166,6 @@ def share(number: int, args: argparse.Namespace) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         return {"CUDA_VISIBLE_DEVICES": visible[number % gpus]}
     return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // args.jobs))}
-
-
-class Bars:
-    """A progress bar for each of several jobs that run at once, on a terminal only."""
-
-    def __init__(self, shown: bool):
-        self.shown, self.bars = shown, {}
-
-    def show(self, number: int, job: Job, epoch: re.Match | None) -> bool:
-        """Update the bar of that number from an epoch's line. Return False if there are no bars."""
-        if not self.shown or not epoch:
-            return self.shown
-        bar = self.bars.get(number)
-        if not bar or bar.desc != f"{job}: ":
-            self.bars[number] = bar = progress_bar(desc=str(job), total=int(epoch[2]), position=number, leave=False)
-        bar.n = int(epoch[1])
-        bar.set_postfix_str(f"test accuracy:{epoch[3]}")
-        return True
-
-    def write(self, line: str) -> None:
-        """Print a line above the bars."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        """Close the bars."""
-        for bar in self.bars.values():
-            bar.close()
 
 
 def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:

@@ -1,7 +1,8 @@
-"""Commands that run side by side: their processes, their shares of the machine and their output."""
+"""Commands that run side by side: their processes, their shares of the machine, their output and its bars."""
 
 import ctypes
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from harness.terminal import escape_unprintable
+from tqdm import tqdm
+
+from harness.terminal import escape_unprintable, progress_bar
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -95,3 +98,31 @@ def run_side_by_side(
                 worker.process.wait()
             raise
     return failed
+
+
+class Bars:
+    """A progress bar for each of several jobs that run at once, on a terminal only."""
+
+    def __init__(self, shown: bool):
+        self.shown, self.bars = shown, {}
+
+    def show(self, number: int, job: object, epoch: re.Match | None) -> bool:
+        """Update the bar of that number from an epoch's line. Return False if there are no bars."""
+        if not self.shown or not epoch:
+            return self.shown
+        bar = self.bars.get(number)
+        if not bar or bar.desc != f"{job}: ":
+            self.bars[number] = bar = progress_bar(desc=str(job), total=int(epoch[2]), position=number, leave=False)
+        bar.n = int(epoch[1])
+        bar.set_postfix_str(f"test accuracy:{epoch[3]}")
+        return True
+
+    def write(self, line: str) -> None:
+        """Print a line above the bars."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Close the bars."""
+        for bar in self.bars.values():
+            bar.close()
