@@ -9,6 +9,10 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n runs a test on each core
+    os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch reads it when it is imported
+
+# isort: split
 import numpy as np
 import pytest
 from helpers import CIFAR10_CLASSES, PACK, PROCESSES, ROOT, as_a_process, output, write_images

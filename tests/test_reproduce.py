@@ -171,7 +171,8 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
         nodes = [cluster.add_node(num_cpus=1, object_store_memory=1 << 27) for _ in range(2)]
         flags = ["--only", "r1", "r1-flip", "--seeds", 6, "--data", folders, "--results", "mine"]
         process = start("reproduce.py", *flags, "--ray", cluster.address)
-        wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1-seed2", 4)
+        for run in ("cifar10_r1", "cifar10_r1-seed1", "cifar10_r1-seed2"):  # one on each machine
+            wait_for_epochs(process, tmp_path / "checkpoints/reproduce" / run, 1)
         cluster.remove_node(nodes[0], allow_graceful=False)
         process.join(300)
     finally:
@@ -180,7 +181,7 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
     assert process.exitcode == 0, output(tmp_path, "stderr").read_text()
     assert len(accuracies(tmp_path / "mine")) == out.count(" to go\n") == 12
     lost = re.findall(r"(r1\S*, seed \d): resuming .* after epoch \d+", out)
-    assert len(lost) == 1
+    assert len(lost) <= 1 and out.count("starting the run") + len(lost) == 13  # a lost run may have saved nothing yet
     for name in re.findall(r"(r1\S*, seed \d), not begun", out):
         epochs = [int(epoch) for epoch in re.findall(rf"{name}: epoch:(\d+)/26 ", out)]
         assert epochs == [*range(1, 27)] or (name in lost and epochs == sorted({*epochs}))
