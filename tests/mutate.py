@@ -117,6 +117,12 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("mean_and_std.py", "parts = values.split(256, dim=2)", "parts = values.split(1024, dim=2)", "test_mean_and_std.py", "own"),
     ("predict.py", "images / 255", "images / 256", "test_predict.py", "normalises"),
     ("predict.py", "softmax(1)", "softmax(0)", "test_predict.py", ""),
+    ("predict.py", "nn.Sequential(plain, ", "nn.Sequential(plain.network, ", "test_shipped.py", "exported"),
+    ("predict.py", "Dim.DYNAMIC", "Dim.STATIC", "test_shipped.py", "exported"),
+    ("harness/shipped.py", "path.read_bytes() == content", "True", "test_shipped.py", "is_shipped"),
+    ("harness/shipped.py", "tensor.half()", "tensor", "test_shipped.py", "is_shipped"),
+    ("harness/shipped.py", " and tensor.dim() > 1", "", "test_shipped.py", "is_shipped"),
+    ("models/cpu_layers.py", " and not torch.compiler.is_compiling()", "", "test_shipped.py", "exported and ResNet18"),
     ("plot.py", "argsort(descending=True", "argsort(descending=False", "test_plot.py", "mistakes"),
     ("models/cpu_layers.py", "3 * rows[:, None, :, None]", "rows[:, None, :, None]", "test_models.py", "conv3x3"),
     ("models/resnet.py", "stride=1, padding=1", "stride=2, padding=1", "test_models.py", ""),
@@ -130,8 +136,10 @@ def notices(file: str, text: str, instead: str, tests: str, expression: str) -> 
     """Return whether the tests fail in a copy of the repository with this mutation."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        ignored = shutil.ignore_patterns(".git", "checkpoints", "data", "__pycache__", ".*_cache")
-        shutil.copytree(ROOT, copy, ignore=ignored)
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
         source = (copy / file).read_text()
         assert source.count(text) >= 1, f"{file} has no {text!r} any more"
         (copy / file).write_text(source.replace(text, instead))
