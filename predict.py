@@ -1,10 +1,9 @@
 """Classify pictures with a trained network.
 
-python predict.py cat.jpg holiday/                # with a network from checkpoints/
-python predict.py holiday/ --plot holiday.png     # draw them
-python predict.py cat.jpg --json --checkpoint mobilenetv2  # with another one
-python predict.py cat.jpg --checkpoint checkpoints/cifar10_r4-cifar/best.pt
-python predict.py --export model.onnx             # for use without this repository; .pt2 for torch.export
+python predict.py cat.jpg holiday/             # with a network from checkpoints/
+python predict.py holiday/ --plot holiday.png  # draw them
+python predict.py cat.jpg --json --checkpoint checkpoints/cifar10_r4-cifar/best.pt
+python predict.py --export model.onnx          # for use without this repository; .pt2 for torch.export
 
 Pictures of any size are scaled to 32x32 as in ImageNet32x32 (Chrabaszcz, Loshchilov and Hutter, "A Downsampled Variant
 of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape, by averaging over
@@ -68,16 +67,16 @@ def load_classifier(name: str | Path = DEFAULT, device: str | torch.device = "cp
     """
     path = shipped_file(name)
     checkpoint = read_checkpoint(path)
-    name = checkpoint["model"]
-    if name not in models.__all__:
-        raise UserError(f"{path} holds a network {name!r}; models/ has {', '.join(models.__all__)}")
+    model = checkpoint["model"]
+    if model not in models.__all__:
+        raise UserError(f"{path} holds a network {model!r}; models/ has {', '.join(models.__all__)}")
     try:
         with torch.random.fork_rng(devices=[]):  # drawing the initial weights must not change the caller's random state
-            network = getattr(models, name)(**checkpoint["arguments"])
+            network = getattr(models, model)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
         classifier = Classifier(network, checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError):  # from another version of the network
-        raise UserError(f"{path} holds a different {name} from the one in models/ now") from None
+        raise UserError(f"{path} holds a different {model} from the one in models/ now") from None
     return classifier.eval().requires_grad_(False).to(device)
 
 

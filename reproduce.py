@@ -284,7 +284,12 @@ def main() -> None:
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two rows, or a row in two folders of results")
     add("--list", action="store_true", help="only list the rows")
     add("--readme", action="store_true", help="only rewrite the tables and pictures of README and docs")
-    add("--ship", metavar="NAME", help="only store the last network of the row --only as checkpoints/NAME.pt")
+    add(
+        "--ship",
+        type=nonempty_path,
+        metavar="NAME",
+        help="only store the last network of the row --only as checkpoints/NAME.pt",
+    )
     parser.add_data()
     add("--device", default="auto", help="as for the training scripts (default: auto)")
     add(
@@ -317,7 +322,7 @@ def main() -> None:
     if args.ship:
         if len(args.only) != 1:
             parser.error("--ship takes the network of a single row; name it with --only")
-        path = ship(args.ship, jobs[-1].folder, jobs[-1].record.name)
+        path = ship(str(args.ship), jobs[-1].folder, jobs[-1].record.name)
         print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
         return
     handle_signals("; the same command resumes")
