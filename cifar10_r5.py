@@ -4,6 +4,8 @@ python cifar10_r5.py
 python cifar10_r5.py --tta        # fewer epochs, and six views of each test image, as in the speed records
 python cifar10_r5.py --resume     # resume after an interruption
 python cifar10_r5.py --evaluate   # only test
+
+With less time, --epochs 4 ends at 91.0 % of the test images and --epochs 6 at 92.7 % (results/cpu/shorter, one seed).
 """
 
 import utils
