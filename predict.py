@@ -154,7 +154,7 @@ def main() -> None:
     add(
         "--checkpoint",
         type=nonempty_path,
-        default=Path(DEFAULT),
+        default=DEFAULT,
         metavar="NAME",
         help="a network in checkpoints/, or best.pt or last.pt of a run (default: %(default)s)",
     )

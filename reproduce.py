@@ -139,7 +139,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
         if alone:
             print(line, flush=True)
-        elif not bars.show(number, job, epoch):
+        elif not bars.show(number, task.name, epoch):
             print(f"{job}: {line}", flush=True)
 
     def finish(task: Task) -> None:
@@ -311,7 +311,7 @@ def main() -> None:
     synthetic = "-synthetic" if args.data == "synthetic" else ""
     results = args.results if args.results.name else args.results.resolve()  # "." has no name
     results = results.with_name(results.name + synthetic)
-    if not args.list:
+    if not (args.list or args.ship):
         check_is_writable(results)
     jobs = []
     for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
@@ -322,7 +322,7 @@ def main() -> None:
     if args.ship:
         if len(args.only) != 1:
             parser.error("--ship takes the network of a single row; name it with --only")
-        path = ship(str(args.ship), jobs[-1].folder, jobs[-1].record.name)
+        path = ship(args.ship, jobs[-1].folder, jobs[-1].record.name)
         print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
         return
     handle_signals("; the same command resumes")

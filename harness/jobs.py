@@ -106,13 +106,13 @@ class Bars:
     def __init__(self, shown: bool):
         self.shown, self.bars = shown, {}
 
-    def show(self, number: int, job: object, epoch: re.Match | None) -> bool:
+    def show(self, number: int, name: str, epoch: re.Match | None) -> bool:
         """Update the bar of that number from an epoch's line. Return False if there are no bars."""
         if not self.shown or not epoch:
             return self.shown
         bar = self.bars.get(number)
-        if not bar or bar.desc != f"{job}: ":
-            self.bars[number] = bar = progress_bar(desc=str(job), total=int(epoch[2]), position=number, leave=False)
+        if not bar or bar.desc != f"{name}: ":
+            self.bars[number] = bar = progress_bar(desc=name, total=int(epoch[2]), position=number, leave=False)
         bar.n = int(epoch[1])
         bar.set_postfix_str(f"test accuracy:{epoch[3]}")
         return True

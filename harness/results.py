@@ -147,9 +147,14 @@ def results_table(rows, machines: Machines) -> str:
 
 def by_class_table(targets: dict[str, float], machines: Machines) -> str:
     """Return the table of r3's accuracy by class, in Markdown."""
-    lines = ["| | " + " | ".join(targets) + " |", "| --- |" + " --- |" * len(targets)]
-    lines.append("| target | " + " | ".join(f"{value:.1f}" for value in targets.values()) + " |")
-    for machine, rows in machines.items():
-        for record in rows.get("r3", [])[:1]:
-            lines.append(f"| {machine} | " + " | ".join(f"{record['per_class'][c]:.1f}" for c in targets) + " |")
+    found = {machine: rows["r3"][0]["per_class"] for machine, rows in machines.items() if "r3" in rows}
+    return per_class_table({"target": targets} | found)
+
+
+def per_class_table(accuracies: dict[str, dict[str, float]]) -> str:
+    """Return a table in Markdown of accuracies by class, in percent: a line for each name."""
+    classes = next(iter(accuracies.values()), {})
+    lines = ["| | " + " | ".join(classes) + " |", "| --- |" + " --- |" * len(classes)]
+    for name, values in accuracies.items():
+        lines.append(f"| {name} | " + " | ".join(f"{values[c]:.1f}" for c in classes) + " |")
     return "\n".join(lines)

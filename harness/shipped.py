@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from harness.files import read_checkpoint, write_atomically, write_checkpoint
-from harness.results import RESULTS, read_record
+from harness.results import RESULTS, per_class_table, read_record
 from harness.terminal import UserError
 
 FOLDER = RESULTS.parent / "checkpoints"
@@ -16,7 +16,7 @@ def shipped_file(name: str | Path) -> Path:
     return path if path.exists() else Path(name)
 
 
-def ship(name: str, run: Path, record_name: str) -> Path:
+def ship(name: str | Path, run: Path, record_name: str) -> Path:
     """Write the last network of a run as the shipped network `name`, and its picture of mistakes. Return its file.
 
     Matrices and kernels are stored as float16, vectors as they are, because the variances of batch-norm can be small.
@@ -47,7 +47,7 @@ def ship(name: str, run: Path, record_name: str) -> Path:
 def shipped_tables() -> tuple[str, str]:
     """Return two tables of the shipped networks, in Markdown: what each one is, and its accuracy by class."""
     lines = ["| name | network | record | epochs | test images right | file |", "| --- | --- | --- | --- | --- | --- |"]
-    by_class = []
+    by_class = {}
     for path in sorted(FOLDER.glob("*.pt")):
         network = read_checkpoint(path)
         record = read_record(RESULTS / network["record"])
@@ -55,7 +55,5 @@ def shipped_tables() -> tuple[str, str]:
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         cells = [f"`{path.stem}`", network["model"], source, network["epoch"], f"{record['accuracy']:.2f} %", size]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-        by_class = by_class or [f"| | {' | '.join(record['per_class'])} |", "| --- |" + " --- |" * 10]
-        figures = (f"{value:.1f}" for value in record["per_class"].values())
-        by_class.append(f"| `{path.stem}` | {' | '.join(figures)} |")
-    return "\n".join(lines), "\n".join(by_class)
+        by_class[f"`{path.stem}`"] = record["per_class"]
+    return "\n".join(lines), per_class_table(by_class)

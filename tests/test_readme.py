@@ -13,6 +13,7 @@ PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs")
 ELSEWHERE = (  # other tests run these, or they need the network or days
     "python -m pytest", "python download.py", "python reproduce.py", "python -m benchmarks.", "python tests/",
     "python plot.py results/",
+    "python predict.py --export",
 )  # fmt: skip
 
 
@@ -20,7 +21,7 @@ def commands():
     """Return each `python SCRIPT ...` of the pages once, in order, without its number of epochs."""
     found = re.findall(r"(?:`|^    (?:.*&& )?)(python [^`\n]*)", PAGES, re.MULTILINE)
     found = dict.fromkeys(re.sub(r" --epochs \d+", "", command) for command in found)
-    return [command for command in found if not command.startswith(ELSEWHERE) and not command.endswith(".onnx")]
+    return [command for command in found if not command.startswith(ELSEWHERE)]
 
 
 def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
