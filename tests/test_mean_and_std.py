@@ -37,11 +37,12 @@ def check(dataset, arrays):
     [
         Image.fromarray,
         lambda array: array,
+        lambda array: array.astype(np.uint16) * 257,
         lambda array: array / 255,
         lambda array: torch.from_numpy(array).permute(2, 0, 1),
         lambda array: torch.from_numpy(array).permute(2, 0, 1).double() / 255,
     ],
-    ids=["PIL", "uint8 array", "float array", "uint8 tensor", "float tensor"],
+    ids=["PIL", "uint8 array", "uint16 array", "float array", "uint8 tensor", "float tensor"],
 )
 def test_images_of_any_kind_and_size(convert):
     check([(convert(array), 0) for array in PICTURES], [array / 255 for array in PICTURES])
