@@ -34,8 +34,10 @@ from predict import load_classifier
 
 own_settings = matplotlib.rc_context({"text.parse_math": False})  # a class's name may hold a $
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. A brown replaces their yellow, which is too pale.
+# Colours that colour-blind readers can tell apart: Okabe and Ito's, with a brown for their yellow, which is too pale,
+# and three of Tol's.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c510a")
+COLORS += ("#332288", "#882255", "#ddcc77")
 
 
 def draw(folder: Path, logits: torch.Tensor, data: Data) -> None:
@@ -83,7 +85,7 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw accuracy, loss and learning rate by epoch. logs: the rows of each run's log, by the run's name."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    for (name, rows), color in zip(logs.items(), COLORS, strict=False):
+    for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
         column = {key: [row[key] for row in rows] for key in rows[0]}
         style = {"color": color, "marker": "." if len(rows) < (40 if len(logs) == 1 else 3) else ""}
         for axis, what in zip(axes, ("accuracy", "loss"), strict=False):

@@ -83,7 +83,7 @@ def all_texts(figure):
         ("{run} --output x.png", "--output is for several runs"),
         ("{run} {run} --output x.txt", "argument --output: 'x.txt' has no picture suffix"),
         ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
-        (" ".join(["{run}"] * 10), "10 runs are too many, there are 9 colours"),
+        (" ".join(["{run}"] * 13), "13 runs are too many, there are 12 colours"),
         ("bad", "bad/log.csv is not the log of a run"),
         ("huge", "huge/log.csv is not the log of a run"),
         ("{run} {run} --output C.PNG.txt", "argument --output: 'C.PNG.txt' has no picture suffix"),
