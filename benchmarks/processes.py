@@ -10,7 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 import plot
+from harness.devices import device_name
 from harness.terminal import CommandLine, run
 
 IMAGES = 10_000  # training images in the synthetic dataset
@@ -35,6 +38,7 @@ def images_per_second(script: str, threads: str, command: list[str]) -> float:
 
 def main() -> None:
     CommandLine(__doc__).parse_args()
+    print(device_name(torch.device("cpu")), flush=True)
     for script in ("cifar10_r1.py", "cifar10_r2.py"):
         rounds = [[images_per_second(script, *how) for how in PROCESSES.values()] for _ in range(3)]
         rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
