@@ -14,14 +14,14 @@ from torch import nn
 
 from models import ResNet18
 
-EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # cifar-nopool's is guessed from shorter trials
+EPOCHS = {"imagenet": 25, "cifar": 80, "cifar-nopool": 30}  # cifar-nopool's is a guess
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
 PEAK = 0.25  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # with SGD and Nesterov momentum, the usual choice for a ResNet on CIFAR-10
 LABEL_SMOOTHING = 0.1
-CUTOUT = 8  # pixels; with label smoothing, it reduces overfitting
+CUTOUT = 8  # pixels; like label smoothing, against overfitting
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as in much CIFAR-10 code
 

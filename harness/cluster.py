@@ -38,7 +38,7 @@ def run_on_cluster(
         raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
     try:
         host, colon, port = (address or "").rpartition(":")
-        if colon:  # ray.init would keep trying for minutes
+        if colon:  # ray.init would keep trying for long
             socket.create_connection((host, port), timeout=10).close()
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # so that workers find this module
         ray.init(address or "local", runtime_env=environment, log_to_driver=False, logging_level="error")

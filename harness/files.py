@@ -74,7 +74,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as file:
-            damaged = file.testzip()  # torch.load does not check the CRCs (pytorch issue 28858)
+            damaged = file.testzip()  # torch.load does not check the CRCs (pytorch pull request 28858)
         if damaged:
             raise ValueError(f"wrong CRC of {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

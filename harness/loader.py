@@ -13,7 +13,7 @@ from harness.terminal import UserError
 SIDE = 32  # pixels
 PIXEL = 3  # bytes: red, green and blue, side by side
 ROW = SIDE * PIXEL  # bytes
-GROUP = 4  # images that share a transform's draw, to take 2 % of an epoch of ResNet-18 instead of 7 % one by one
+GROUP = 4  # images that share a transform's draw, because each call of a transform has a fixed cost
 
 
 class Loader:

@@ -20,7 +20,7 @@ def count_operations(model: nn.Module) -> int:
     A multiplication and an addition are two. They are counted on the "meta" device, which computes nothing, so that it
     does not matter how a device computes a layer.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here, because it would add 0.1 s to every start
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it would slow down every start
 
     shadow = copy.deepcopy(model).to("meta").train()
     images = torch.empty(2, 3, SIDE, SIDE, device="meta")  # batch-norm cannot train on one image

@@ -34,7 +34,7 @@ def agree_on_name(store: dist.Store) -> str:
     """Return rank 0's name for this start of the group, once every rank has read it.
 
     It is needed because after a restart torchrun's store still holds the addresses of the earlier processes (pytorch
-    issue 167288).
+    issue 135712).
     """
     own_name = uuid.uuid4().hex
     if RANK == 0:

@@ -20,8 +20,8 @@ class TrainStep:
     scheduler that goes by epochs is stepped by the script instead.
 
     On CUDA, the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed. The
-    networks are so small that a CPU takes several times as long to launch their kernels one by one as a GPU takes to
-    run them. DistributedDataParallel runs without graphs.
+    networks are so small that a CPU takes longer to launch their kernels one by one than a GPU takes to run them.
+    DistributedDataParallel runs without graphs.
     """
 
     WARM_UP = 3  # steps before the first capture, because libraries must not set themselves up during a capture

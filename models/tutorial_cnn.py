@@ -22,7 +22,7 @@ class TutorialCNN(nn.Module):
             nn.Linear(120, 84), nn.ReLU(),
             nn.Linear(84, num_classes),
         )  # fmt: skip
-        self.to(memory_format=torch.channels_last)  # a quarter faster on the CPU
+        self.to(memory_format=torch.channels_last)  # as the images are
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images).flatten(1))
