@@ -30,14 +30,12 @@ from harness.terminal import CommandLine, UserError, handle_signals, nonempty_pa
 # PyTorch comes after our own, see harness/__init__.py
 import torch
 
-import models
 import plot
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
-from harness.operations import petaflop
 from harness.results import (
     RESULTS,
     Machines,
@@ -53,7 +51,6 @@ from harness.results import (
 from harness.shipped import ship, shipped_tables
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
-TRAINING_IMAGES = 50_000  # of CIFAR-10
 ROOT = Path(__file__).resolve().parent
 
 
@@ -135,7 +132,8 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     def report(task: Task, number: int, line: str) -> None:
         job, epoch = by_name[task.name], EPOCH.match(line)
         if epoch:
-            later = [other for other in by_name.values() if other is not job]
+            # on a cluster the number of machines is not known
+            later = [other for other in by_name.values() if other is not job] if args.ray is None else []
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
         if alone:
             print(line, flush=True)
@@ -220,15 +218,6 @@ def measured(name: str) -> str:
     return "\n\n".join(texts) or "Not measured yet."
 
 
-def petaflop_of(record: dict) -> float | None:
-    """Return the operations of a run in 10^15, or None if an early record does not name its network."""
-    network = record["recipe"].get("network")
-    if "petaflop" in record or not network:
-        return record.get("petaflop")
-    model = getattr(models, network["name"])(**network["arguments"])
-    return petaflop(model, TRAINING_IMAGES * len(record["epochs"]))
-
-
 def write_readme() -> None:
     """Write the tables of README and docs, and each machine's pictures into its folder of results/."""
     machines = read_records()
@@ -236,12 +225,13 @@ def write_readme() -> None:
         write_atomically(path, text.encode())
     for machine, rows in machines.items():
         first = {name: rows[name][0] for name in ROWS if name in rows}
+        if not first:
+            continue
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
         runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
-        operations = {name: [petaflop_of(part) for part in parts] for name, parts in runs.items()}
-        operations = {name: sum(found) for name, found in operations.items() if all(found)}
+        operations = {name: sum(part["petaflop"] for part in parts) for name, parts in runs.items()}
         logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
         plot.costs(logs, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}

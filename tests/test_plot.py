@@ -151,16 +151,16 @@ def test_costs_add_up(monkeypatch):
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
     logs = {
         "r1": [{"test_accuracy": 60, "seconds": 60}, {"test_accuracy": 65, "seconds": 120}],
-        "early": [{"test_accuracy": 80, "seconds": 600}],
+        "r2": [{"test_accuracy": 80, "seconds": 600}],
     }
-    plot.costs(logs, {"r1": 0.5}, "costs")
+    plot.costs(logs, {"r1": 0.5, "r2": 2}, "costs")
     minutes, operations = drawn["costs"].axes
     curves = [
         [[*line.get_xdata()] for line in axis.lines if line.get_marker() != "o"] for axis in (minutes, operations)
     ]
-    assert curves == [[[1, 3], [10]], [[0.25, 0.5]]]
-    assert [text.get_text() for text in minutes.texts] == ["r1 65.0", "early 80.0"]
-    assert [text.get_text() for text in operations.texts] == ["r1 65.0"]
+    assert curves == [[[1, 3], [10]], [[0.25, 0.5], [2]]]
+    for axis in (minutes, operations):
+        assert [text.get_text() for text in axis.texts] == ["r1 65.0", "r2 80.0"]
 
 
 def test_no_label_of_the_costs_lies_on_another(monkeypatch):
@@ -169,7 +169,7 @@ def test_no_label_of_the_costs_lies_on_another(monkeypatch):
     logs = {
         name: [{"test_accuracy": accuracy, "seconds": 60}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))
     }
-    plot.costs(logs, {}, "costs")
+    plot.costs(logs, dict.fromkeys(logs, 1), "costs")
     heights = [text.get_position()[1] for text in drawn["costs"].axes[0].texts]
     assert len(heights) == 3 and all(above - below >= 1.5 for below, above in itertools.pairwise(heights))
 

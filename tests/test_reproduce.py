@@ -304,6 +304,13 @@ def test_each_record_is_of_its_row(name, row):
             assert record["run"] == row.run + reproduce.run_suffix(seed, False, "") and record["data"] != "synthetic"
 
 
+def test_a_folder_without_records_has_no_pictures(monkeypatch):
+    monkeypatch.setattr(reproduce, "read_records", lambda: {"new": {}})
+    monkeypatch.setattr(reproduce, "pages", lambda machines: {})
+    reproduce.write_readme()
+    assert not (ROOT / "results/new").exists()
+
+
 def test_readme_and_docs_say_what_the_records_say():
     """If they differ, `python reproduce.py --readme` rewrites them."""
     assert all(path.read_text() == text for path, text in reproduce.pages(read_records()).items())
