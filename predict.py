@@ -74,6 +74,8 @@ def load_classifier(name: str | Path = DEFAULT, device: str | torch.device = "cp
         with torch.random.fork_rng(devices=[]):  # drawing the initial weights must not change the caller's random state
             network = getattr(models, model)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
+        if checkpoint.get("flags", {}).get("tta"):  # r5's accuracy is then measured with six views of each image
+            network = models.SixViews(network)
         classifier = Classifier(network, checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError):  # from another version of the network
         raise UserError(f"{path} holds a different {model} from the one in models/ now") from None
@@ -182,11 +184,14 @@ def main() -> None:
         "test_accuracy": classifier.accuracy,
     }
     if not args.json:
+        synthetic = " (synthetic images)" if classifier.data == "synthetic" else ""
         print(
             f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
-            f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)} ({classifier.data})"
+            f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)}{synthetic}"
         )
-    paths = [path for given in args.pictures for path in (find_images(given) if given.is_dir() else [given])]
+    paths = [
+        path for given in args.pictures for path in (find_images(given, skip_links=True) if given.is_dir() else [given])
+    ]
     predictions = []
     with progress_bar(total=len(paths), leave=False) as bar:
         for path, probabilities in likeliest_classes(classifier, paths):

@@ -3,16 +3,17 @@
 A room imports only rooms listed above it in tests/test_layout.py.
 """
 
-import os
 import sys
+from pathlib import Path
 
 
-def hook(kind: type[BaseException], error: BaseException, traceback: object) -> None:
+def print_interrupt(kind: type[BaseException], error: BaseException, traceback: object) -> None:
     """Print one line for a Ctrl-C while PyTorch is imported, before `run` handles signals."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"{os.path.basename(sys.argv[0])}: ended by SIGINT", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: ended by SIGINT", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = hook
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:  # not in a program that imports predict
+    sys.excepthook = print_interrupt

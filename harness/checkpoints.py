@@ -23,7 +23,7 @@ class Checkpoints:
     """
 
     NETWORK = ("model", "arguments", "classes", "mean", "std")  # must agree before weights are loaded
-    BEST = ("weights", "accuracy", "epoch", "figures")  # what best.pt holds besides the network
+    BEST = ("weights", "accuracy", "epoch", "figures", "flags")  # what best.pt holds besides the network
 
     def __init__(
         self,
@@ -107,6 +107,8 @@ class Checkpoints:
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names and return their epoch."""
         path = self.folder / "last.pt" if self.args.evaluate is True else self.args.evaluate
+        if not path.exists():
+            raise UserError(f"no {path} to evaluate; train this run first, or name a file")
         checkpoint = read_checkpoint(path)
         self.load_weights(path, checkpoint, self.NETWORK)
         print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
@@ -235,7 +237,7 @@ class Checkpoints:
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}
         state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
-        state["figures"] = figures
+        state |= {"figures": figures, "flags": self.recipe["flags"]}
         if is_best:
             print_saving("best for inference")
             write_checkpoint(self.folder / "best.pt", state, keep=self.folder / "best.previous.pt")

@@ -153,10 +153,11 @@ def list_images(folder: Path) -> dict[str, list[str]]:
     return images
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, skip_links: bool = False) -> list[str]:
     """Return the paths of the files under `folder` in a format that Pillow reads, except hidden ones.
 
-    Raises UserError if there are none, or if there is a link to a folder, whose images might belong to another class.
+    Raises UserError if there are none. Links to folders are never followed. Without `skip_links` they are user errors,
+    because their images might belong to another class.
     """
     Image.init()
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -165,7 +166,7 @@ def find_images(folder: Path) -> list[str]:
         if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
             continue
         for link in (os.path.join(parent, name) for name in folders if name[0] != "."):
-            if os.path.islink(link):
+            if os.path.islink(link) and not skip_links:
                 raise UserError(f"{link} is a link to a folder; replace it with its images, or remove it")
         images += [
             os.path.join(parent, name)
@@ -173,7 +174,7 @@ def find_images(folder: Path) -> list[str]:
             if has_file_allowed_extension(name, extensions) and name[0] != "."
         ]
     if not images:
-        raise UserError(f"{folder} holds no image; fill the folder or delete it")
+        raise UserError(f"{folder} holds no image in a format that Pillow reads; fill the folder or remove it")
     return images
 
 
@@ -184,7 +185,9 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     aspect ratio.
     """
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if not os.path.exists(path):
+            raise UserError(f"{path} does not exist; name a picture or a folder of them")
+        if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; remove it")  # reading a pipe would block for ever
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # Pillow's advice on palettes
             if image.size != (32, 32) and not resize:

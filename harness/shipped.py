@@ -11,9 +11,12 @@ MEMBERS = ("model", "arguments", "classes", "mean", "std", "data", "tested_on", 
 
 
 def shipped_file(name: str | Path) -> Path:
-    """Return the file of the shipped network of that name. If there is none, return the name as a path."""
-    path = FOLDER / f"{name}.pt"
-    return path if path.exists() else Path(name)
+    """Return the file of the shipped network of that name, or the name as a path. Raise UserError if neither exists."""
+    for path in (FOLDER / f"{name}.pt", Path(name)):
+        if path.exists():
+            return path
+    shipped = ", ".join(path.stem for path in sorted(FOLDER.glob("*.pt")))
+    raise UserError(f"no {name}; train that run first, or use one of the networks in checkpoints/: {shipped}")
 
 
 def ship(name: str | Path, run: Path, record_name: str) -> Path:
@@ -30,6 +33,7 @@ def ship(name: str | Path, run: Path, record_name: str) -> Path:
         raise UserError(f"{run / 'run.json'} is not in results/; copy it into one of its folders as {record_name}")
     record, checkpoint = read_record(records[0]), read_checkpoint(run / "last.pt")
     network = {member: checkpoint[member] for member in MEMBERS} | {
+        "flags": checkpoint["recipe"]["flags"],
         "accuracy": record["accuracy"],
         "record": str(records[0].relative_to(RESULTS)),
         "commit": record["commit"],

@@ -108,7 +108,7 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/good --evaluate {}/good", "good cannot be read: Is a directory"),
         ("cifar10_r1.py --data {}/good --evaluate {}/file", "file is damaged or not a checkpoint"),
         ("cifar10_r1.py --data {}/good --resume nothing.pt", "nothing.pt cannot be read: No such file"),
-        ("cifar10_r1.py --data {}/good --evaluate", "last.pt cannot be read: No such file"),
+        ("cifar10_r1.py --data {}/good --evaluate", "last.pt to evaluate; train this run first, or name a file"),
         ("cifar10_r1.py --crop", "unrecognized arguments: --crop"),
         ("cifar10_r2.py --flip", "unrecognized arguments: --flip"),
         ("cifar10_r2.py --data {}/good --batch-size 1", "--batch-size 1: batch-norm cannot train on a single image"),
@@ -188,6 +188,11 @@ runpy.run_path("{ROOT / name}", run_name="__main__")
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and process.stderr == f"{name}: ended by SIGINT\n"
+
+
+def test_a_program_that_imports_predict_keeps_its_own_hook(tmp_path):
+    code = f"import sys; hook = sys.excepthook; sys.path.insert(0, {str(ROOT)!r}); import predict; "
+    subprocess.run([sys.executable, "-c", code + "assert sys.excepthook is hook"], cwd=tmp_path, check=True)
 
 
 def test_a_percent_sign_in_a_scripts_help(capsys):

@@ -29,9 +29,10 @@ def test_pictures_and_folders(script, tmp_path, trained):
     Image.new("L", (300, 200), 40).save(dark)  # of any size and kind
     Image.new("RGBA", (20, 50), (160, 160, 160, 255)).save(light)
     write_images(tmp_path / "more", train=2, test=1)
+    (tmp_path / "more/train/link").symlink_to(tmp_path / "more/test")  # is not followed
     out = script("predict.py", dark, light, tmp_path / "more/train", "--checkpoint", trained).stdout.splitlines()
     assert out[0].startswith(f"{trained}: TutorialCNN, epoch ")
-    assert out[0].endswith(" % of the test images right; trained on cat, dog, frog (class folders)")
+    assert out[0].endswith(" % of the test images right; trained on cat, dog, frog")
     assert out[1].startswith(f"{dark}: cat ") and out[2].startswith(f"{light}: frog ")
     assert [line.split(": ")[1].split()[0] for line in out[3:]] == ["cat"] * 2 + ["dog"] * 2 + ["frog"] * 2
 
@@ -104,7 +105,10 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
         ("good.png --export model.pt2", "name pictures to classify, or a file to --export the network to"),
         ("--export model.pth", "'model.pth' is not a name for --export; end it in .onnx or .pt2"),
         ("--export none/model.pt2", "none/model.pt2 cannot be written: No such file or directory"),
-        ("good.png --checkpoint none.pt", "none.pt cannot be read: No such file or directory"),
+        (
+            "good.png --checkpoint none.pt",
+            "no none.pt; train that run first, or use one of the networks in checkpoints/: ",
+        ),
         ("good.png --checkpoint text.pt", "text.pt is damaged or not a checkpoint"),
         (
             "good.png --checkpoint hostile.pt",
@@ -113,7 +117,7 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
         ("good.png --checkpoint unknown.pt", "unknown.pt holds a network 'utils'; models/ has MobileNetV2, ResNet18,"),
         ("good.png --checkpoint changed.pt", "changed.pt holds a different TutorialCNN from the one in models/ now"),
         ("good.png --checkpoint best.pt --device cuda:99", "--device cuda:99: this machine"),
-        ("none.png --checkpoint best.pt", "none.png is not a readable image"),
+        ("none.png --checkpoint best.pt", "none.png does not exist; name a picture or a folder of them"),
         ("text.png --checkpoint best.pt", "text.png is not a readable image"),
         ("cut.png --checkpoint best.pt", "cut.png is not a readable image"),
         ("bomb.png --checkpoint best.pt", "bomb.png is not a readable image"),

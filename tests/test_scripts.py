@@ -21,6 +21,8 @@ import torch
 from helpers import R1, R2, R5, ROOT, Trap, log, same_weights, write_images
 
 import models
+import predict
+from harness.data import load_data
 from harness.files import read_checkpoint
 from harness.synthetic import SHAPES
 
@@ -253,7 +255,7 @@ def test_a_foreign_checkpoint_is_refused(refused, tmp_path, folders):
 def test_what_a_run_refuses(refused, script, tmp_path, folders):
     flags = ["--data", folders, "--epochs", 1]
     assert "no-such.pt cannot be read: No such file" in refused(R1, *flags, "--resume", "no-such.pt")
-    assert "last.pt cannot be read: No such file" in refused(R1, *flags, "--evaluate")
+    assert "last.pt to evaluate; train this run first" in refused(R1, *flags, "--evaluate")
     assert "cannot be read: Is a directory" in refused(R1, *flags, "--evaluate", folders)
     assert "--batch-size 1" in refused(R2, *flags, "--batch-size", 1)
 
@@ -351,6 +353,12 @@ def note_views(path):
 @pytest.mark.long
 def test_r5_tests_six_views_with_tta_only(script, tmp_path, folders, flags):
     path = tmp_path / "views"
-    script(R5, "--data", folders, "--epochs", 2, *flags, before=functools.partial(note_views, path))
+    precise = ["--precision", "fp32", "--lr", 0.05]
+    script(R5, "--data", folders, "--epochs", 2, *precise, *flags, before=functools.partial(note_views, path))
     assert (path.read_text().split() if path.exists() else []) == ["30"] * 2 * len(flags)  # the last epoch, and the end
-    assert (tmp_path / "checkpoints" / "-".join(["cifar10_r5", *(flag[2:] for flag in flags)]) / "run.json").exists()
+    run = tmp_path / "checkpoints" / "-".join(["cifar10_r5", *(flag[2:] for flag in flags)])
+    classifier = predict.load_classifier(run / "last.pt")  # tests as the run did
+    assert isinstance(classifier.network, models.SixViews) == bool(flags)
+    data = load_data(str(folders))
+    accuracy = 100 * (classifier(data.test_images).argmax(1) == data.test_labels).double().mean().item()
+    assert accuracy == pytest.approx(json.loads((run / "run.json").read_text())["accuracy"])

@@ -88,7 +88,7 @@ def test_the_network_that_is_tested_is_the_one_that_is_saved(torchrun, tmp_path,
 
 
 def test_a_mistake_is_said_once(torchrun, tmp_path, data):
-    line = "cifar10_r1.py: error: checkpoints/cifar10_r1/last.pt cannot be read: No such file or directory"
+    line = "cifar10_r1.py: error: no checkpoints/cifar10_r1/last.pt to evaluate; train this run first, or name a file"
     assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
     line = "cifar10_r1.py: error: 2 processes cannot share 1 image for training\n"
     assert torchrun(2, R1, "--batch-size", 1, status=1).count(line) == 1
