@@ -44,7 +44,11 @@ def set_up(args: argparse.Namespace) -> torch.device:
     keep_freed_memory()
     device = choose_device(args.device)
     if WORLD_SIZE > 1:
+        if device.type == "mps":
+            raise UserError("several processes cannot train on MPS; use --device cpu")
         if device.type == "cuda":
+            if torch.cuda.device_count() <= LOCAL_RANK:
+                raise UserError(f"there are more processes than the {torch.cuda.device_count()} GPUs; start fewer")
             device = choose_device(f"cuda:{LOCAL_RANK}")
         join_processes(device)
     if device.type == "cuda":

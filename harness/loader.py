@@ -29,7 +29,7 @@ class Loader:
     image is mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29
     Seconds on a Single GPU", 2024). What an epoch draws depends on the seed and the epoch alone, and `set_epoch` sets
     the epoch. `transform`, of torchvision.transforms.v2, comes after flip and crop and draws from PyTorch's global
-    generator, which `utils.train` seeds for each epoch.
+    generator, which `utils.train` seeds for each epoch and process.
 
     Raises UserError if there are more processes than images to share, or if `crop` is True.
     """
@@ -95,7 +95,8 @@ class Loader:
         rows, columns = torch.randint(2 * self.crop + 1, (2, n), generator=generator)
         cut_rows, cut_columns = torch.randint(SIDE, (2, n), generator=generator)
         draws = (order, flips, rows, columns, cut_rows, cut_columns)
-        draws = [draw[self.positions].to(self.device, non_blocking=True) for draw in draws]
+        on_cuda = self.device.type == "cuda"  # elsewhere non_blocking may read freed memory (pytorch issue 139550)
+        draws = [draw[self.positions].to(self.device, non_blocking=on_cuda) for draw in draws]
         at_a_time = 512 if self.device.type == "cpu" else 2048  # few enough for a CPU's cache, many enough for a GPU
         batches_at_a_time, start = math.ceil(at_a_time / self.batch_sizes[0]), 0
         for first in range(0, len(self), batches_at_a_time):

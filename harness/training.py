@@ -37,7 +37,9 @@ class TrainStep:
         self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+        self.forward = model
+        if WORLD_SIZE > 1:  # utils.train broadcasts the buffers after each epoch
+            self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         self.steps, self.graphs = 0, {}
         for group in optimizer.param_groups:
             if group.get("momentum"):  # or a first step that the scaler skips would leave them uninitialised
@@ -49,6 +51,7 @@ class TrainStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on a batch and return its loss, a scalar, and its logits, of shape (N, classes).
 
+        On CUDA the next call overwrites both.
         weight: the weight of this process's loss, see Loader.weights.
         """
         self.steps += 1
