@@ -17,8 +17,8 @@ from models import TutorialCNN
 EPOCHS = 26
 BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes six times as long (docs/speed.md)
 LR = 0.008  # constant. The tutorial's 0.001 is for its small batch
-MOMENTUM = 0.9  # the tutorial's. Nesterov's form was better in early trials, of which no record is left
-WEIGHT_DECAY = 1e-3  # the tutorial has none. It was worth a little in these trials, too
+MOMENTUM = 0.9  # the tutorial's, but in Nesterov's form
+WEIGHT_DECAY = 1e-3  # the tutorial has none
 PRECISION = "fp32"  # a network this small is no faster in bf16
 MEAN = STD = (0.5, 0.5, 0.5)  # the tutorial's: pixels from 0 to 1 become -1 to 1
 
