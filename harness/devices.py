@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next allocation (mallopt(3)); do nothing elsewhere.
 
     By default glibc returns blocks of 32 MiB and more to the system. Each step's large activations then lie on fresh
-    pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU.
+    pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU (docs/speed.md).
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt:

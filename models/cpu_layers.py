@@ -18,8 +18,8 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding and without bias, computed as one linear layer on maps of 2x2 pixels and smaller.
 
     The last maps of a ResNet on 32x32 images are this small. There most of a kernel sees only padding, which the CPU's
-    convolution multiplies all the same. The linear layer makes a training step of ResNet-18 in bf16 2.2 times as fast
-    with the imagenet stem and 1.6 times with the cifar stem (two cores of an Intel Xeon with AMX, torch 2.14.1).
+    convolution multiplies all the same. The linear layer makes a training step of ResNet-18 in bf16 1.4 to 1.6 times
+    as fast with the imagenet stem, and 1.1 times with the cifar stem (two cores of an AMD EPYC, docs/speed.md).
 
     On larger maps, up to 8x8 pixels, the gradient of the weights is computed on several images side by side in bf16.
     """
@@ -55,12 +55,12 @@ class SideBySide(torch.autograd.Function):
     """A 3x3 convolution with padding whose gradient of the weights is computed on several images side by side.
 
     oneDNN adds each image's gradient to the sum in memory. On small maps this takes longer than the multiplications.
-    With 10 images in a row the sum is touched a tenth as often. In bf16 the gradient is 1.3 to 6 times as fast, and
-    a step of ResNet-18 is 1.2 to 1.3 times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1). In float32,
-    where the multiplications take longer, nothing is gained.
+    With 10 images in a row the sum is touched a tenth as often. On two cores of an Intel Xeon with AMX, a step of
+    ResNet-18 in bf16 became 1.2 to 1.3 times as fast (commit cfbd7d7). On two cores of an AMD EPYC without AMX, r5's
+    is 1.08 times as fast, and ResNet-18's is not faster (docs/speed.md).
     """
 
-    SIDE = 8  # pixels; on larger maps the copy costs as much as it gains
+    SIDE = 8  # pixels; larger maps have more multiplications for each image's sum
     IMAGES = 10
 
     @staticmethod
@@ -93,8 +93,8 @@ def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
 class StridedDepthwise(nn.Conv2d):
     """A 3x3 depthwise convolution of stride 2, without bias. On a CPU it keeps the weights' precision under autocast.
 
-    PyTorch takes 4 to 15 times as long for MobileNetV2's three in bf16. Computing them in float32 makes a training step
-    1.35 times as fast (two cores of an Intel Xeon with AMX, torch 2.14.1).
+    PyTorch is slow at these in bf16. Computing MobileNetV2's three in float32 makes a training step 1.6 times as fast
+    (two cores of an AMD EPYC, docs/speed.md).
     """
 
     def __init__(self, channels: int, device=None):
