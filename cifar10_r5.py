@@ -17,7 +17,7 @@ from models import SixViews, WhitenedCNN
 
 EPOCHS = {"plain": 11, "tta": 8}
 BATCH_SIZE = 2000
-LR = 0.24  # of the convolutions, whose steps all have the same size
+LR = 0.24  # of the convolutions, whose steps are equally large in every direction
 MOMENTUM = 0.6
 BIAS_RATE, HEAD_RATE = 440, 5600  # times LR; airbench's are 2000 times lower, as it sums the loss over a batch
 SGD_MOMENTUM = 0.85
