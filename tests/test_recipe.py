@@ -48,7 +48,7 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
         (("args.epochs, PEAK)", "args.epochs, 0.9)"), "scheduler factors [["),
     ):
         assert words in refused(edited(tmp_path, R4, edit), *flags)
-    script(edited(tmp_path, R4, ("# pixels; with", "# pixels, with")), *flags)  # a comment may change
+    script(edited(tmp_path, R4, ("import torch\n", "import torch  # with a comment\n")), *flags)
     script(edited(tmp_path, R4, ("LR = 0.2", "LR = 0.1")), *flags, "--lr", 0.1)  # and the rate, if it is given
     line = refused(edited(tmp_path, R4), *flags, "--epochs", 2)
     assert "--epochs 1, this one has 2;" in line
