@@ -1,4 +1,4 @@
-"""CIFAR-10, round 2: torchvision's resnet18 as it comes, with the flips of round 1, then with random crops.
+"""Train r2: torchvision's resnet18 as it comes, with r1's flips, then with random crops.
 
 python cifar10_r2.py
 python cifar10_r2.py --crop

@@ -1,4 +1,4 @@
-"""CIFAR-10, round 4: from scratch with a learning-rate schedule, then with a stem that fits 32x32 images.
+"""Train r4: a ResNet-18 from scratch with a learning-rate schedule, then with a stem that fits 32x32 images.
 
 python cifar10_r4.py
 python cifar10_r4.py --stem cifar            # a 3x3 first layer with stride 1 instead of 7x7 with stride 2

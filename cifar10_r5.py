@@ -1,4 +1,4 @@
-"""CIFAR-10, round 5: towards 94 % in minutes on a CPU, with a network and an optimizer that need few epochs.
+"""Train r5: airbench's small network with Muon, towards 94 % in minutes on a CPU.
 
 python cifar10_r5.py
 python cifar10_r5.py --tta        # fewer epochs, and six views of each test image, as in the speed records

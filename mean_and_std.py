@@ -152,7 +152,7 @@ def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path
     axes[0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes[0].set_ylim(bottom=-0.14)
     axes[0].text(-0.03, -0.06, "mean, and one std\nto both sides", va="center")
-    axes[1].set(xlabel="(value - mean) / std", title="after: mean 0, and one std is 1")
+    axes[1].set(xlabel="(value - mean) / std", title="after")
     axes[0].legend(loc="upper left", frameon=False)
     plot.save(figure, path)
 

@@ -198,6 +198,7 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
 def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], path: Path) -> None:
     """Draw the test accuracy in percent over the minutes and over the operations that a run has taken so far.
 
+    Each epoch takes the median epoch's time, so that work beside the run does not count.
     logs: the rows of each run's log, by the run's name. petaflop: all operations of a run, in 10^15, by its name.
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -205,19 +206,22 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
     ends = {axis: [] for axis in axes}
     for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
         accuracy = [row["test_accuracy"] for row in rows]
-        minutes = np.cumsum([row["seconds"] for row in rows]) / 60
-        operations = petaflop[name] * np.arange(1, len(rows) + 1) / len(rows)
+        epochs = np.arange(1, len(rows) + 1)
+        minutes = np.median([row["seconds"] for row in rows]) * epochs / 60
+        operations = petaflop[name] * epochs / len(rows)
         for axis, cost in zip(axes, (minutes, operations), strict=True):
             axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
             axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
             ends[axis].append((accuracy[-1], cost[-1], f"{escape_unprintable(name)} {accuracy[-1]:.1f}", color))
     titles = ("minutes of training and testing, on the machine in the table", "operations of training, in PFLOP")
     for axis, title in zip(axes, titles, strict=True):
-        below = []  # the labels so far
+        taken = [(accuracy - 0.8, cost / 1.15, cost * 1.15) for accuracy, cost, *_ in ends[axis]]  # by the dots
         for accuracy, cost, label, color in sorted(ends[axis]):
-            near = [height + 1.6 for x, height in below if max(x, cost) < 8 * min(x, cost)]
-            height = max([accuracy + 0.7, *near])  # so that no label lies on another
-            below.append((cost, height))
+            height, left = accuracy + 0.8, cost / 10 ** (0.06 * len(label))
+            for bottom, start, end in sorted(taken):  # move the label above all that it would lie on
+                if abs(height - bottom) < 1.6 and start < cost and left < end:
+                    height = bottom + 1.6
+            taken.append((height, left, cost))
             axis.text(cost, height, label, color=color, size=8, weight="bold", ha="right", va="bottom")
         axis.set(xscale="log", xlabel=title, ylim=(50, 100))
         axis.xaxis.set_major_formatter("{x:g}")

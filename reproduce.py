@@ -1,4 +1,4 @@
-"""Rerun the rows of the README's table, one after another, each with its command from the table.
+"""Rerun rows of the README's table, each with its command from the table.
 
 python reproduce.py                          # all rows, which takes days without a GPU
 python reproduce.py --only r1-flip r2-crop
@@ -8,7 +8,7 @@ python reproduce.py --only r1-flip --seeds 200 --jobs 4 --ray auto  # four on ea
 python reproduce.py --compare r1 r1-flip     # is the second better, or is it noise?
 python reproduce.py --list                   # the rows, and how far each has got
 python reproduce.py --readme                 # rewrite the tables and pictures of README and docs from results/
-python reproduce.py --ship mobilenetv2 --only mobilenetv2  # store this row's network in checkpoints/, for predict.py
+python reproduce.py --ship r5 --only r5      # store this row's network in checkpoints/, for predict.py
 
 It can be interrupted and started again at any time. Finished rows are skipped, and an unfinished row resumes. The
 record of a finished row goes into results/mine. It is compared with the records of other machines, in the folders
@@ -287,7 +287,7 @@ def main() -> None:
         type=nonempty_path,
         default=Path("checkpoints/reproduce"),
         metavar="DIR",
-        help="(default: %(default)s)",
+        help="folder for the runs (default: %(default)s)",
     )
     add("--results", type=nonempty_path, default=RESULTS / "mine", metavar="DIR", help="(default: results/mine)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""CIFAR-10, MobileNetV2: a network made for phones, a fifth of ResNet-18's size, trained much as in round 4.
+"""Train MobileNetV2, a network made for phones with a fifth of ResNet-18's parameters, much as in r4.
 
 python train_mobilenetv2.py
 python train_mobilenetv2.py --resume     # resume after an interruption

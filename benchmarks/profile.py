@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.scripts import BenchmarkLine, first_images, prepare
 from harness.data import Data
+from harness.devices import device_name
 from harness.terminal import run
 
 
@@ -35,6 +36,7 @@ def profile(command: str, data: Data, device: torch.device) -> None:
 
 def main() -> None:
     _, commands, data, device = BenchmarkLine(__doc__).parse()
+    print(device_name(device), flush=True)
     for command in commands:
         profile(command, data, device)
 

@@ -32,12 +32,12 @@ class ArgumentParser(CommandLine):
         counts = epochs
         if isinstance(epochs, dict):
             counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"(default: {counts})")
-        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
+        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"train for N epochs (default: {counts})")
+        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help=f"(default: {batch_size})")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
-        add("--seed", type=seed_int, default=0, metavar="N", help="(default: %(default)s)")
+        add("--seed", type=seed_int, default=0, metavar="N", help="of everything that is random (default: %(default)s)")
         add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
-        add("--precision", choices=["auto", *DTYPES], default=precision, help="(default: %(default)s)")
+        add("--precision", choices=["auto", *DTYPES], default=precision, help="see docs/runs.md (default: %(default)s)")
         add("--checkpoints", type=nonempty_path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
         add("--holdout", action="store_true", help="hold out a tenth of the training images and test on them")
         add("--tensorboard", action="store_true", help="also write the log for TensorBoard, into the run's folder")

@@ -67,12 +67,12 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def summary(records: list[dict], key: str = "accuracy") -> str:
+def summary(records: list[dict]) -> str:
     """Return the accuracy of a row's records in percent, as text.
 
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     """
-    values = [record[key] for record in records]
+    values = [record["accuracy"] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""
     low, high = interval(values)
@@ -136,10 +136,10 @@ def results_table(rows, machines: Machines) -> str:
         for records in found:
             seconds = statistics.mean(map(training_seconds, records))
             machine = ", ".join(dict.fromkeys(f"{record['device']}, {record['precision']}" for record in records))
-            accuracy, best = summary(records), summary(records, "best_accuracy")
+            accuracy, best = summary(records), statistics.mean(record["best_accuracy"] for record in records)
             first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
             epochs = last if first == 1 else f"{first} to {last}"
-            lines.append(f"{start} {accuracy} | {best} | {epochs} | {minutes(seconds)} | {machine} |")
+            lines.append(f"{start} {accuracy} | {best:.1f} | {epochs} | {minutes(seconds)} | {machine} |")
         if not found:
             lines.append(f"{start} not run yet | | | | |")
     return "\n".join(lines)

@@ -150,20 +150,20 @@ def test_costs_add_up(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
     logs = {
-        "r1": [{"test_accuracy": 60, "seconds": 60}, {"test_accuracy": 65, "seconds": 120}],
+        "r1": [{"test_accuracy": a, "seconds": s} for a, s in ((60, 60), (61, 60), (65, 240))],
         "r2": [{"test_accuracy": 80, "seconds": 600}],
     }
-    plot.costs(logs, {"r1": 0.5, "r2": 2}, "costs")
+    plot.costs(logs, {"r1": 0.75, "r2": 2}, "costs")
     minutes, operations = drawn["costs"].axes
     curves = [
         [[*line.get_xdata()] for line in axis.lines if line.get_marker() != "o"] for axis in (minutes, operations)
     ]
-    assert curves == [[[1, 3], [10]], [[0.25, 0.5], [2]]]
+    assert curves == [[[1, 2, 3], [10]], [[0.25, 0.5, 0.75], [2]]]  # one epoch was disturbed
     for axis in (minutes, operations):
         assert [text.get_text() for text in axis.texts] == ["r1 65.0", "r2 80.0"]
 
 
-def test_no_label_of_the_costs_lies_on_another(monkeypatch):
+def test_no_label_of_the_costs_lies_on_another_or_on_a_dot(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
     logs = {
@@ -171,6 +171,7 @@ def test_no_label_of_the_costs_lies_on_another(monkeypatch):
     }
     plot.costs(logs, dict.fromkeys(logs, 1), "costs")
     heights = [text.get_position()[1] for text in drawn["costs"].axes[0].texts]
+    assert heights[0] > 91.5  # above the dots, too
     assert len(heights) == 3 and all(above - below >= 1.5 for below, above in itertools.pairwise(heights))
 
 
