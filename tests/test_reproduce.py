@@ -160,7 +160,7 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
 
 @pytest.mark.long
 def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
-    """Of twelve runs on three machines of Ray's, each has its record, with the same figures as without Ray."""
+    """Of eight runs on three machines of Ray's, each has its record, with the same figures as without Ray."""
     pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -169,7 +169,7 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 1 << 27})
     try:
         nodes = [cluster.add_node(num_cpus=1, object_store_memory=1 << 27) for _ in range(2)]
-        flags = ["--only", "r1", "r1-flip", "--seeds", 6, "--data", folders, "--results", "mine"]
+        flags = ["--only", "r1", "r1-flip", "--seeds", 4, "--data", folders, "--results", "mine"]
         process = start("reproduce.py", *flags, "--ray", cluster.address)
         for run in ("cifar10_r1", "cifar10_r1-seed1", "cifar10_r1-seed2"):  # one on each machine
             wait_for_epochs(process, tmp_path / "checkpoints/reproduce" / run, 1)
@@ -179,9 +179,9 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
         cluster.shutdown()
     out = output(tmp_path, "stdout").read_text()
     assert process.exitcode == 0, output(tmp_path, "stderr").read_text()
-    assert len(accuracies(tmp_path / "mine")) == out.count(" to go\n") == 12
+    assert len(accuracies(tmp_path / "mine")) == out.count(" to go\n") == 8
     lost = re.findall(r"(r1\S*, seed \d): resuming .* after epoch \d+", out)
-    assert len(lost) <= 1 and out.count("starting the run") + len(lost) == 13  # a lost run may have saved nothing yet
+    assert len(lost) <= 1 and out.count("starting the run") + len(lost) == 9  # a lost run may have saved nothing yet
     for name in re.findall(r"(r1\S*, seed \d), not begun", out):
         epochs = [int(epoch) for epoch in re.findall(rf"{name}: epoch:(\d+)/26 ", out)]
         assert epochs == [*range(1, 27)] or (name in lost and epochs == sorted({*epochs}))
