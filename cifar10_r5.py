@@ -45,8 +45,9 @@ def main():
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     groups = [{"params": [p for p in model.blocks.parameters() if p.dim() == 4]}]
     biases = [p for p in model.blocks.parameters() if p.dim() == 1 and p.requires_grad]
-    for parameters, rate in ((biases, BIAS_RATE * args.lr), (model.head.parameters(), HEAD_RATE * args.lr)):
-        groups.append({"params": parameters, "lr": rate, "momentum": SGD_MOMENTUM, "weight_decay": DECAY / rate})
+    for parameters, rate in ((biases, BIAS_RATE), (model.head.parameters(), HEAD_RATE)):
+        decay = DECAY / (rate * LR)
+        groups.append({"params": parameters, "lr": rate * args.lr, "momentum": SGD_MOMENTUM, "weight_decay": decay})
     optimizer = utils.Muon(groups, lr=args.lr, momentum=MOMENTUM, dtype=train_loader.dtype)
     scheduler = utils.triangular_schedule(optimizer, args.epochs * len(train_loader), PEAK)
     train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype, scheduler)  # stepped after each batch

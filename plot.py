@@ -280,19 +280,19 @@ def main() -> None:
         return
     read_log(folder)  # report what is missing before the data is read
     device = choose_device(args.device)
-    classifier = load_classifier(folder / "last.pt", device)
+    path = folder / "last.pt"
+    classifier, checkpoint = load_classifier(path, device), read_checkpoint(path)
     if classifier.data == "class folders" and not Path(args.data).exists():
         parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
     data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
-    recipe = read_checkpoint(folder / "last.pt").get("recipe")
+    recipe = checkpoint.get("recipe")
     if not recipe:
-        raise UserError(f"{folder / 'last.pt'} is for inference and does not name its data; plot.py needs a run's own")
+        raise UserError(f"{path} is for inference and does not name its data; plot.py needs a run's own")
     if recipe.get("holdout"):
         data = data.hold_out()
     if data.fingerprint() != recipe["data"]:
         raise UserError(f"{folder} was trained on other data than --data {args.data}; pass its own")
-    mean, std = (value.flatten().tolist() for value in (classifier.mean, classifier.std))
-    normalised = {"mean": mean, "std": std, "device": device, "dtype": torch.float32}
+    normalised = {"mean": checkpoint["mean"], "std": checkpoint["std"], "device": device, "dtype": torch.float32}
     loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **normalised)
     draw(folder, utils.predict(classifier.network, loader), data)
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.terminal import CommandLine, UserError, nonempty_path, progress_bar, run
+from harness.terminal import CommandLine, UserError, escape_unprintable, nonempty_path, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
@@ -41,14 +41,14 @@ class Classifier(nn.Module):
     Takes images as `read_picture` returns them, uint8 of shape (N, 3, 32, 32), and returns logits, float32 of shape
     (N, classes).
 
-    network: the module of models/, which takes normalised images; classes: list[str]; mean, std: of the channels, as
-    float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch: int; accuracy: float,
-    in percent on the images `tested_on`, after that epoch.
+    network: the module of models/, which takes normalised images; model: str, its name; classes: list[str]; mean, std:
+    of the channels, as float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch:
+    int; accuracy: float, in percent on the images `tested_on`, after that epoch.
     """
 
     def __init__(self, network: nn.Module, checkpoint: dict):
         super().__init__()
-        self.network = network
+        self.network, self.model = network, checkpoint["model"]
         self.classes, self.data = checkpoint["classes"], checkpoint["data"]
         self.epoch, self.accuracy = checkpoint["epoch"], checkpoint["accuracy"]
         self.tested_on = checkpoint.get("tested_on", "test")
@@ -74,7 +74,7 @@ def load_classifier(name: str | Path = DEFAULT, device: str | torch.device = "cp
         with torch.random.fork_rng(devices=[]):  # drawing the initial weights must not change the caller's random state
             network = getattr(models, model)(**checkpoint["arguments"])
         network.load_state_dict(checkpoint["weights"])
-        if checkpoint.get("flags", {}).get("tta"):  # r5's accuracy is then measured with six views of each image
+        if checkpoint.get("flags", {}).get("tta"):  # r5's last epoch is then tested with six views
             network = models.SixViews(network)
         classifier = Classifier(network, checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError):  # from another version of the network
@@ -176,7 +176,7 @@ def main() -> None:
         return
     network = {
         "checkpoint": str(args.checkpoint),
-        "network": type(classifier.network).__name__,
+        "network": classifier.model,
         "trained_on": classifier.data,
         "classes": classifier.classes,
         "epoch": classifier.epoch,
@@ -197,7 +197,8 @@ def main() -> None:
         for path, probabilities in likeliest_classes(classifier, paths):
             predictions.append({"file": str(path), "probabilities": probabilities})
             if not args.json:
-                bar.write(f"{path}: {', '.join(percentages(probabilities))}", file=sys.stdout)
+                line = escape_unprintable(f"{path}: {', '.join(percentages(probabilities))}")
+                bar.write(line, file=sys.stdout)
             bar.update()
     if args.json:
         print(json.dumps(network | {"predictions": predictions}, indent=1))

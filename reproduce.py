@@ -183,7 +183,8 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
         if job.name in rows:
             pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
     unknown = {other.name for other in later} - known.keys()
-    total = (own + pace * sum(known.get(other.name, 0) for other in later)) / at_once
+    total = (own + pace * sum(known.get(other.name, 0) for other in later)) / min(at_once, 1 + len(later))
+    total = max(own, total)  # the others may be shorter
     but = f" except {', '.join(sorted(unknown))}" if unknown else ""
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
@@ -295,12 +296,12 @@ def main() -> None:
     if args.readme:
         write_readme()
         return
-    if args.compare:
-        print(compare(*args.compare, args.only, args.results))
-        return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
     results = args.results if args.results.name else args.results.resolve()  # "." has no name
     results = results.with_name(results.name + synthetic)
+    if args.compare:
+        print(compare(*args.compare, args.only, results))
+        return
     if not (args.list or args.ship):
         check_is_writable(results)
     jobs = []

@@ -14,7 +14,7 @@ from torch import nn
 from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.loader import Loader
-from harness.terminal import CommandLine, UserError
+from harness.terminal import CommandLine, UserError, handle_signals
 from harness.training import TrainStep
 
 IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU gets GPU times as many
@@ -98,4 +98,5 @@ def prepare(command: str, data: Data, device: torch.device, precision: str | Non
         try:
             importlib.import_module(script.removesuffix(".py")).main()
         except FirstEpoch:
+            handle_signals()  # the script's handlers would advise to resume it
             return Prepared(*handed_over)

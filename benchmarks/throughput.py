@@ -184,8 +184,8 @@ def limit(script: Prepared, training: bool) -> Round:
             else:
                 with torch.inference_mode(), devices.autocast(batch[0]):
                     script.criterion(model(batch[0]), batch[1])
-        if loader.device.type == "cuda":
-            torch.cuda.synchronize()
+        if loader.device.type != "cpu":
+            torch.accelerator.synchronize()
         return len(loader) * len(batch[1])
 
     return run_round
@@ -199,6 +199,8 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
     if candidate in ("baseline", GIVE_BACK):
         utils.keep_freed_memory = lambda: None
     script = prepare(command, data, device, "fp32" if candidate in ("baseline", "ours in fp32") else None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, since `prepare` handles signals
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if candidate in ALTERNATIVES:
         ALTERNATIVES[candidate].change(script)
     if candidate == "baseline":
@@ -292,7 +294,7 @@ def main() -> None:
     parser.add_argument("--alternatives", action="store_true", help="measure the alternatives instead")
     args, commands, data, device = parser.parse()
     machine = f"torch {torch.__version__}, {devices.device_name(device)}; {data.source}"
-    also = ", and the alternatives' in parts of the limit's" if args.alternatives else ""
+    also = ", and the alternatives as a fraction of the limit" if args.alternatives else ""
     print(f"Images a second{also}, by {machine}; medians of {args.rounds} rounds.\n")
     if args.alternatives:
         columns = ["script", "limit", *ALTERNATIVES]

@@ -86,7 +86,8 @@ class Checkpoints:
         path, checkpoint = read_first_whole(paths) if paths else (None, None)
         if checkpoint:
             self.resume(path, checkpoint)
-        # Any other file of its own, given by name, is a step back: the run then gets a new folder.
+        # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
+        # file given by name, it gets a new folder, and the earlier folder is renamed.
         named = path if self.args.resume is True else self.folder / "last.pt"
         if checkpoint and path.resolve() == named.resolve() and path.parent.resolve() == self.folder.resolve():
             self.last_is_whole = path.name == "last.pt"
@@ -110,6 +111,8 @@ class Checkpoints:
         if not path.exists():
             raise UserError(f"no {path} to evaluate; train this run first, or name a file")
         checkpoint = read_checkpoint(path)
+        if self.args.holdout and checkpoint.get("tested_on", "test") == "test":
+            raise UserError(f"{path} was trained on the held-out images too; evaluate it without --holdout")
         self.load_weights(path, checkpoint, self.NETWORK)
         print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
         return checkpoint["epoch"]

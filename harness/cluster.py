@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 60  # for cancelled runs to end
 
 def run_on_cluster(
     tasks: Iterable[Task],
-    address: str | None,
+    address: str,
     jobs: int,
     use_gpus: bool,
     report: Callable[[Task, int, str], None],
@@ -26,7 +26,7 @@ def run_on_cluster(
 ) -> dict[str, str]:
     """Run the tasks on a Ray cluster and return the errors of the tasks that failed, by name.
 
-    address: as for `ray.init`; None starts a cluster of this machine alone. jobs: how many tasks a machine runs at
+    address: as for `ray.init`; if empty, a cluster of this machine alone starts. jobs: how many tasks a machine runs at
     once, each with an equal share of its cores and GPUs. report, finish: see `run_side_by_side`. If a machine is lost,
     its tasks start again on others. Raises UserError if Ray is not installed or no cluster answers at the address.
     """
@@ -37,7 +37,7 @@ def run_on_cluster(
     except ImportError:
         raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
     try:
-        host, colon, port = (address or "").rpartition(":")
+        host, colon, port = address.rpartition(":")
         if colon:  # ray.init would keep trying for long
             socket.create_connection((host, port), timeout=10).close()
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # so that workers find this module

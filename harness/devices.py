@@ -82,7 +82,8 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     peak = {}
     if sys.platform == "linux":  # where ru_maxrss includes the process that started this one
         status = Path("/proc/self/status").read_text()
-        peak["resident"] = round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
+        if found := re.search(r"VmHWM:\s*(\d+) kB", status):  # gVisor, for example, has no such line
+            peak["resident"] = round(int(found[1]) * 1024 / 1e6)
     elif sys.platform == "darwin":
         import resource  # not on Windows
 

@@ -41,7 +41,8 @@ class RunFolder:
     def release(self) -> None:
         """Release the folder's name."""
         if self.held:
-            Path(self.held.lock_file).unlink(missing_ok=True)  # first: whoever has opened it meanwhile tries again
+            # Before the release, so that a process that has opened this file meanwhile tries again.
+            Path(self.held.lock_file).unlink(missing_ok=True)
             self.held.release()
             self.held = None
 

@@ -44,7 +44,7 @@ class Worker:
 
 
 def end_with_parent() -> None:
-    """Make Linux send this process SIGTERM when its parent is killed. Elsewhere its next printed line ends it."""
+    """Make Linux send this process SIGTERM when its parent is killed. Elsewhere it ends when it next prints."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -77,6 +77,8 @@ def run_side_by_side(
                     numbers.remove(number)
                     worker = running[task.name] = Worker(task, number, environment(number))
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                if not running:
+                    continue  # a task waits for one that has waited in vain
                 for key, _ in selector.select():
                     worker, lines = key.data, key.data.read_lines()
                     for line in lines or ():

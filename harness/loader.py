@@ -22,14 +22,16 @@ class Loader:
     images: uint8 of shape (N, 3, 32, 32); labels: int64 of shape (N,). Each batch is normalised by `mean` and `std`,
     given for each channel and pixel values from 0 to 1, and comes as `dtype`, channels-last.
 
-    `flip` mirrors half of the images at random, and `crop` shifts each image by up to so many pixels, as torchvision's
-    RandomHorizontalFlip() and RandomCrop(32, padding=crop) do. The pixels that come in at the border are black, or with
-    `reflect` the image's mirror image. `cutout` greys out a square of that side around a random pixel (DeVries and
-    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017). With `flip` "alternating", an
-    image is mirrored in every second epoch, so that two epochs see both sides of each (Jordan, "94% on CIFAR-10 in 3.29
-    Seconds on a Single GPU", 2024). What an epoch draws depends on the seed and the epoch alone, and `set_epoch` sets
-    the epoch. `transform`, of torchvision.transforms.v2, comes after flip and crop and draws from PyTorch's global
-    generator, which `utils.train` seeds for each epoch and process.
+    flip: mirror a random half of the images, as torchvision's RandomHorizontalFlip() does. If "alternating", mirror
+    each image in every second epoch (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+    crop: shift each image by up to so many pixels, as RandomCrop(32, padding=crop) does.
+    reflect: fill the border of a shifted image with its mirror image instead of black.
+    cutout: grey out a square of this side around a random pixel (DeVries and Taylor, "Improved Regularization of
+    Convolutional Neural Networks with Cutout", 2017).
+    transform: of torchvision.transforms.v2, after flip and crop. It draws from PyTorch's global generator, which
+    `utils.train` seeds for each epoch and process.
+
+    All other draws of an epoch depend on the seed and the epoch alone. `set_epoch` sets the epoch.
 
     Raises UserError if there are more processes than images to share, or if `crop` is True.
     """

@@ -35,17 +35,17 @@ class Muon(torch.optim.Optimizer):
                 step = gradient.add(buffer, alpha=group["momentum"])
                 if parameter.dim() == 4:
                     parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                    step = orthogonalize(step.flatten(1).to(self.dtype)).to(step.dtype).view_as(step)
+                    step = orthogonalize(step.flatten(1), self.dtype).to(step.dtype).view_as(step)
                 parameter.add_(step, alpha=-group["lr"])
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the matrix with its singular values brought to about 1.
+def orthogonalize(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix with its singular values brought to about 1, computed in this precision.
 
     Three steps of a Newton-Schulz iteration do this. Its coefficients raise small singular values fastest (see Muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)  # in this order, since float16 holds no small gradients
     if len(matrix) > matrix.shape[1]:
         x = x.T
     for _ in range(3):

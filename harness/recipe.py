@@ -16,7 +16,7 @@ from harness.terminal import UserError
 # Settings that may change during a run, or that depend on the machine. The learning rates are compared as LR.
 LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
 IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
-DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # a common flag replaces these constants, and its value is compared
+DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # not compared: the flags that replace them are
 AUGMENTATION = ("flip", "crop", "reflect", "cutout", "transform")  # attributes of a Loader
 LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
 

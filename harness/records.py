@@ -29,6 +29,7 @@ class Records:
 
     def __init__(self, folder: Path, images: str, tensorboard: bool):
         self.folder, self.images, self.rows = folder, images, []
+        self.commit = git_commit()  # now, as the code may be changed during the run
         self.events = EventLog(folder / "tensorboard") if tensorboard else None
 
     def begin_epoch(self, lr: float) -> None:
@@ -96,6 +97,7 @@ class Records:
             **figures,
             "seconds": sum(row["seconds"] for row in self.rows),
             **describe_environment(device, dtype),
+            "commit": self.commit,
             "epochs": self.rows,
         }
         write_atomically(self.folder / "run.json", record_text(record).encode())
@@ -143,7 +145,6 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
-        "commit": git_commit(),
     }
 
 

@@ -54,12 +54,12 @@ def run(main: Callable[[], None]) -> None:
         exit_with(2, f"error: {where if error.filename else error}")
     except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
-            exit_with(1, "error: the connection to another process is lost; its own error says why")
+            exit_with(1, f"error: the connection to another process is lost; its own error says why ({error})")
         causes = [error, error.__context__]  # running out of memory in a capture causes its final error
         texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
-        if not re.search("out of memory|can't allocate memory", " ".join(texts)):
+        if not re.search("out of memory|can't allocate memory|STATUS_ALLOC_FAILED", " ".join(texts)):
             raise
-        where = "the GPU" if "CUDA" in str(causes) else "this machine"
+        where = "the GPU" if re.search("CUDA|CUBLAS|CUDNN", str(causes)) else "this machine"
         exit_with(2, f"error: out of memory on {where}; use a smaller --batch-size")
 
 

@@ -41,9 +41,10 @@ class TrainStep:
         if WORLD_SIZE > 1:  # utils.train broadcasts the buffers after each epoch
             self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         self.steps, self.graphs = 0, {}
-        for group in optimizer.param_groups:
-            if group.get("momentum"):  # or a first step that the scaler skips would leave them uninitialised
-                for parameter in group["params"]:
+        if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+            # A first step that the scaler skips would leave the fused optimizer's buffers uninitialised.
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group["momentum"] else ():
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The networks, one file each. `model.arguments` holds the constructor's arguments, which a checkpoint records."""
+"""The networks, and what they are built of. `model.arguments` holds the constructor's arguments, for checkpoints."""
 
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet18

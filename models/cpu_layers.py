@@ -73,7 +73,8 @@ class SideBySide(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
         of_x = conv2d_input(x.shape, weight, gradient, ctx.stride, 1) if ctx.needs_input_grad[0] else None
-        # Each gradient gets a column of zeros, and each image as many as keep it aligned with its gradient.
+        # A column of zeros separates neighbouring gradients, so gradient i begins at column i * (width + 1). Its image
+        # begins at stride times that column.
         x = in_rows(x, ctx.stride[1] * (gradient.shape[3] + 1) - x.shape[3])
         return of_x, conv2d_weight(x, weight.shape, in_rows(gradient, 1), ctx.stride, 1), None
 

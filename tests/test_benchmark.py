@@ -45,7 +45,7 @@ def test_alternatives_are_compared_with_the_limit():
     first, _, head, _, row = benchmark(
         "throughput", "--alternatives", "--only", "batch-size", "--rounds", "1"
     ).splitlines()
-    assert "in parts of the limit's" in first
+    assert "as a fraction of the limit" in first
     names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, row))
     measured = {name for name, cell in zip(names, cells, strict=True) if cell}
     assert measured == {"script", "limit", "torch.compile", GIVE_BACK}  # r1 has no layer with a way of its own

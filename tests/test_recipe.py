@@ -244,6 +244,8 @@ def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
     assert "Accuracy of the network on the test images" in (
         script(R1, "--data", folders, "--evaluate", folder / "last.pt").stdout
     )
+    line = refused(R1, "--data", folders, "--holdout", "--evaluate", "plain.pt")
+    assert "plain.pt was trained on the held-out images too; evaluate it without --holdout" in line
     assert "is from the run" not in script(R2, "--data", folders, "--epochs", 1, "--holdout", "--seed", 1).stdout
 
 

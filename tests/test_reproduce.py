@@ -237,6 +237,9 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
     names = [task.name for task in finished]
     assert sorted(names) == ["a", "b", "c", "f"] and names.index("a") < names.index("b")
     assert failed == {"d": "exit status 3; its own error says why", "e": "waited for d"}
+    chain = [*tasks[3:5], Task("g", command("g", 0), after="e")]
+    failed = run_side_by_side(chain, 1, lambda number: {}, lambda *line: None, finished.append)
+    assert failed.keys() == {"d", "e", "g"} and failed["g"] == "waited for e"
 
 
 def test_the_95_percent_quantile_of_students_t():
@@ -276,6 +279,9 @@ def test_compare(script, refused, tmp_path):
         "reproduce.py", "--compare", "r1", "r2", "--results", "new"
     )
     assert "neither two rows nor two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
+    (tmp_path / "old").rename(tmp_path / "own-synthetic")
+    flags = ["--results", "own", "--data", "synthetic"]
+    assert "r1: 3 and 0 records" in refused("reproduce.py", "--compare", "r1", "r2", *flags).replace(" -> r2", "")
 
 
 def test_a_row_that_fails_says_which(script, tmp_path):

@@ -99,6 +99,15 @@ def test_the_rate_on_the_command_line_holds_after_a_resume(script, tmp_path, fol
     assert [row["lr"] for row in log(tmp_path / "checkpoints/cifar10_r1")] == ["0.01", "0.01", "0.001"]
 
 
+@pytest.mark.long
+def test_a_rate_that_is_given_changes_no_other_setting(script, tmp_path, folders):
+    flags = [R5, "--data", folders, "--batch-size", 30, "--epochs", 2]
+    script(*flags, "--lr", 0.12)
+    (tmp_path / "checkpoints/cifar10_r5/last.previous.pt").rename(tmp_path / "checkpoints/cifar10_r5/last.pt")
+    script(*flags, "--resume")
+    assert len(log(tmp_path / "checkpoints/cifar10_r5")) == 2
+
+
 def test_a_finished_run_resumed_prints_its_table_again(script, folders):
     flags = [R1, "--data", folders, "--epochs", 2, "--resume"]
     first, again = script(*flags).stdout, script(*flags).stdout
@@ -359,6 +368,7 @@ def test_r5_tests_six_views_with_tta_only(script, tmp_path, folders, flags):
     run = tmp_path / "checkpoints" / "-".join(["cifar10_r5", *(flag[2:] for flag in flags)])
     classifier = predict.load_classifier(run / "last.pt")  # tests as the run did
     assert isinstance(classifier.network, models.SixViews) == bool(flags)
+    assert classifier.model == "WhitenedCNN"
     data = load_data(str(folders))
     accuracy = 100 * (classifier(data.test_images).argmax(1) == data.test_labels).double().mean().item()
     assert accuracy == pytest.approx(json.loads((run / "run.json").read_text())["accuracy"])
