@@ -156,7 +156,8 @@ def test_loading_draws_no_random_number(script, tmp_path, folders):
 
 def test_a_classifier_normalises_as_its_run_did():
     network, mean, std = TutorialCNN(3), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    checkpoint = {"classes": ["a", "b", "c"], "data": "", "epoch": 1, "accuracy": 50.0, "mean": mean, "std": std}
+    checkpoint = {"model": "TutorialCNN", "classes": ["a", "b", "c"], "data": "", "epoch": 1, "accuracy": 50.0}
+    checkpoint |= {"mean": mean, "std": std}
     images = torch.arange(2 * 3 * 32 * 32).remainder(256).to(torch.uint8).view(2, 3, 32, 32)
     normalised = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(predict.Classifier(network, checkpoint)(images), network(normalised.float()))

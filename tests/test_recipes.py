@@ -92,7 +92,8 @@ def hand_over(path):
         if isinstance(checkpoints.model, WhitenedCNN):
             recipe["whitened"] = torch.allclose(*checkpoints.model.whitening.weight.abs().split(12))
             small = checkpoints.optimizer.param_groups[1:]
-            decays = [group["weight_decay"] * group["initial_lr"] for group in small]
+            at_default = recipe["constants"]["LR"] / recipe["lr"]  # from the given rate to the script's own
+            decays = [group["weight_decay"] * group["initial_lr"] * at_default for group in small]
             recipe["decay"] = round(decays[0], 9) if decays[0] == pytest.approx(decays[1]) else decays
         if checkpoints.scheduler:
             factors, *others = recipe["scheduler"]["factors"]
