@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import nn
 from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.loader import Loader
-from harness.terminal import CommandLine, UserError, handle_signals
+from harness.terminal import CommandLine, UserError
 from harness.training import TrainStep
 
 IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU gets GPU times as many
@@ -80,7 +81,7 @@ def prepare(command: str, data: Data, device: torch.device, precision: str | Non
 
     precision: for --precision, or None for the script's own. This replaces functions of utils in this process.
     """
-    handed_over = []
+    handed_over, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def train(train_step, train_loader, epoch):
         handed_over.extend([train_step, train_loader])
@@ -98,5 +99,6 @@ def prepare(command: str, data: Data, device: torch.device, precision: str | Non
         try:
             importlib.import_module(script.removesuffix(".py")).main()
         except FirstEpoch:
-            handle_signals()  # the script's handlers would advise to resume it
+            for number, handler in handlers.items():  # the script's own would advise to resume it
+                signal.signal(number, handler)
             return Prepared(*handed_over)

@@ -199,8 +199,6 @@ def serve(pipe, command: str, training: bool, candidate: str, data: Data, device
     if candidate in ("baseline", GIVE_BACK):
         utils.keep_freed_memory = lambda: None
     script = prepare(command, data, device, "fp32" if candidate in ("baseline", "ours in fp32") else None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, since `prepare` handles signals
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if candidate in ALTERNATIVES:
         ALTERNATIVES[candidate].change(script)
     if candidate == "baseline":

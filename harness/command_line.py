@@ -33,7 +33,7 @@ class ArgumentParser(CommandLine):
         if isinstance(epochs, dict):
             counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
         add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"train for N epochs (default: {counts})")
-        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help=f"(default: {batch_size})")
+        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed_int, default=0, metavar="N", help="of everything that is random (default: %(default)s)")
         add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")

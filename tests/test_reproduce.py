@@ -281,7 +281,7 @@ def test_compare(script, refused, tmp_path):
     assert "neither two rows nor two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
     (tmp_path / "old").rename(tmp_path / "own-synthetic")
     flags = ["--results", "own", "--data", "synthetic"]
-    assert "r1: 3 and 0 records" in refused("reproduce.py", "--compare", "r1", "r2", *flags).replace(" -> r2", "")
+    assert "r1 -> r2: 3 and 0 records" in refused("reproduce.py", "--compare", "r1", "r2", *flags)
 
 
 def test_a_row_that_fails_says_which(script, tmp_path):
