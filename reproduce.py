@@ -16,6 +16,7 @@ beside it.
 """
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -232,7 +233,7 @@ def write_readme() -> None:
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
         plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
         runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
-        operations = {name: sum(part["petaflop"] for part in parts) for name, parts in runs.items()}
+        operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
         logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
         plot.costs(logs, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}

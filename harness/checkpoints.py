@@ -184,7 +184,8 @@ class Checkpoints:
             may_differ.add("LR")
         if not self.scheduler:
             may_differ.add("epochs")
-        check_same(path, recipe, ours, may_differ)
+        otherwise = f"run {self.base_command} again" if is_base else "start without --resume"
+        check_same(path, recipe, ours, may_differ, otherwise)
 
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""

@@ -9,9 +9,13 @@ from torch import nn
 SIDE = 32  # pixels
 
 
-def petaflop(model: nn.Module, images: int) -> float:
-    """Return the operations of training on this many images, in 10^15."""
-    return images * count_operations(model) / 1e15
+def petaflop(model: nn.Module, images: int) -> float | None:
+    """Return the operations of training on this many images, in 10^15, or None if they cannot be counted."""
+    try:
+        return images * count_operations(model) / 1e15
+    except Exception as error:  # some networks do not run on "meta"; the figure is not worth a run's record
+        print(f"operations not counted: {type(model).__name__} does not run on 'meta' ({type(error).__name__})")
+        return None
 
 
 def count_operations(model: nn.Module) -> int:

@@ -116,21 +116,21 @@ def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return flat
 
 
-def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str]) -> None:
+def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], otherwise: str) -> None:
     """Raise UserError if the recipe in the checkpoint `path` differs from ours. Print the names that it lacks.
 
-    may_differ: see `first_difference`.
+    may_differ: see `first_difference`. otherwise: what the user can do instead of making them agree.
     """
     if theirs.get("holdout", False) != ours["holdout"]:  # before the data, which depends on it
         raise UserError(
             f"{path} is from a run {'with' if theirs.get('holdout') else 'without'} --holdout; make them agree"
         )
     if theirs["data"] != ours["data"]:
-        raise UserError(f"{path} was trained on other data; use the same --data, or start without --resume")
+        raise UserError(f"{path} was trained on other data; use the same --data, or {otherwise}")
     if unknown := [name for name, value in ours.items() if value and name not in theirs]:
         print(f"{path} is from an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
     if difference := first_difference(theirs, ours, may_differ):
-        raise UserError(f"{path} is from a run with {difference}; make them agree, or start without --resume")
+        raise UserError(f"{path} is from a run with {difference}; make them agree, or {otherwise}")
 
 
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from harness.muon import Muon
-from harness.operations import count_operations
+from harness.operations import count_operations, petaflop
 from models import ResNet18, TutorialCNN
 
 
@@ -46,3 +46,12 @@ def test_operations():
 def test_operations_of_a_depthwise_convolution():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
     assert count_operations(model) == 2 * 32 * 32 * (2 * 3 * 8 + 3 * 8 * 9)  # no gradient of the images
+
+
+def test_a_network_whose_operations_cannot_be_counted(capsys):
+    class Gate(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)) if x.sum() > 0 else x  # "meta" has no values
+
+    assert petaflop(Gate(3072, 10), 50_000) is None
+    assert capsys.readouterr().out.startswith("operations not counted: Gate does not run on 'meta' (")

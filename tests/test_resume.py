@@ -117,6 +117,8 @@ def test_r3_goes_on_from_r2(refused, script, tmp_path, folders):
     r2, r3 = tmp_path / "checkpoints/cifar10_r2-crop", tmp_path / "checkpoints/cifar10_r3"
     before = {path.name: path.read_bytes() for path in r2.iterdir()}
     assert "already has 2 epochs of training; use a larger --epochs" in refused(R3, *flags, 2, "--resume")
+    line = refused(R3, *flags, 4, "--batch-size", 45, "--resume")
+    assert "--batch-size 30, this one has 45; make them agree, or run python cifar10_r2.py --crop again" in line
     out = script(R3, *flags, 4, "--resume").stdout
     assert "resuming checkpoints/cifar10_r2-crop/last.pt after epoch 2\n" in out
     first = (r3 / "log.csv").read_bytes()
