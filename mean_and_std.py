@@ -132,28 +132,28 @@ def check_image(i: int, image: torch.Tensor) -> None:
 
 
 @plot.own_settings
-def histograms(tensor: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, path: Path) -> None:
-    """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after the normalisation."""
+def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None:
+    """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after normalisation."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
     for channel, (name, (color, line)) in enumerate(styles.items()):
         count = torch.bincount(tensor[:, channel].flatten(), minlength=256)
         share = 100 * count / count.sum()
-        value, m, s = torch.arange(256) / 255, mean[channel].item(), std[channel].item()
-        for axis, x, (centre, width) in (
-            (axes[0], value, (m, s)),
-            (axes[1], (value - m) / s, (0, 1)),
+        value, (m, s, pixel_std) = torch.arange(256) / 255, (values[channel].item() for values in statistics)
+        for axis, x, centre, width in (
+            (axes[0], value, m, pixel_std),
+            (axes[1], (value - m) / s, 0, pixel_std / s),
         ):
             axis.plot(x, share, line, color=color, linewidth=1.2, label=f"{name}: mean {m:.4f}, std {s:.4f}")
-            height = -0.03 - 0.03 * channel  # below the axis, one line per channel: the mean and one std to both sides
+            height = -0.03 - 0.03 * channel  # below the axis, one line per channel
             axis.errorbar(centre, height, xerr=width, fmt="o", color=color, markersize=4, capsize=3)
     axes[0].set(xlabel="value of the pixel", ylabel="share of the pixels, in percent", title="before: from 0 to 1")
     axes[0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes[0].set_ylim(bottom=-0.14)
-    axes[0].text(-0.03, -0.06, "mean, and one std\nto both sides", va="center")
-    axes[1].set(xlabel="(value - mean) / std", title="after")
-    axes[0].legend(loc="upper left", frameon=False)
+    axes[0].text(-0.03, -0.06, "mean and std\nof all pixels", va="center", size="small")
+    axes[1].set(xlabel="(value - mean) / std", title="after normalisation")
+    axes[0].legend(loc="upper left", frameon=False, title="normalised with", alignment="left")
     plot.save(figure, path)
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     print("cifar10_r3.py and the later scripts use the first std, as much CIFAR-10 code does, so that figures can be")
     print("compared. Only with the second do the normalised pixels have a std of 1. A network trains with either.")
     if args.plot:
-        histograms(data.train_images, statistics.mean, statistics.std, args.plot)
+        histograms(data.train_images, statistics, args.plot)
         print(f"the histograms are in {args.plot}")
 
 

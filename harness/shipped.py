@@ -50,7 +50,7 @@ def ship(name: str | Path, run: Path, record_name: str) -> Path:
 
 def shipped_tables() -> tuple[str, str]:
     """Return two tables of the shipped networks, in Markdown: what each one is, and its accuracy by class."""
-    lines = ["| name | network | record | epochs | test images right | file |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| name | network | record | epochs | test accuracy | file |", "| --- | --- | --- | --- | --- | --- |"]
     by_class = {}
     for path in sorted(FOLDER.glob("*.pt")):
         network = read_checkpoint(path)
