@@ -35,7 +35,7 @@ import plot
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
-from harness.files import write_atomically
+from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
 from harness.results import (
     RESULTS,
@@ -106,12 +106,25 @@ class Job(NamedTuple):
         """Return whether the record exists."""
         return self.record.exists() and read_record(self.record) is not None
 
+    def finished_with(self) -> str:
+        """Return "finished", and with what if the script has been changed since."""
+        script = ROOT / ROWS[self.name].command.split()[0]
+        then = read_record(self.record).get("script") or {"sha256": None}  # early records lack it
+        return "finished" if then["sha256"] == sha256_of(script) else f"finished with another version of {script.name}"
+
     def epoch_seconds(self) -> list[float]:
         """Return the seconds of each finished epoch, or none if the log cannot be read. The run will rewrite it."""
         try:
             return [row["seconds"] for row in plot.read_log(self.folder)]
         except UserError:
             return []
+
+
+def jobs_to_run(jobs: list[Job]) -> list[Job]:
+    """Return the unfinished jobs, and the finished ones that they continue but whose runs have been deleted."""
+    unfinished = [job for job in jobs if not job.is_finished()]
+    bases = {(ROWS[job.name].after, job.seed) for job in unfinished}
+    return [job for job in jobs if job in unfinished or (job[:2] in bases and not (job.folder / "last.pt").exists())]
 
 
 def task_of(job: Job, args: argparse.Namespace) -> Task:
@@ -323,9 +336,9 @@ def main() -> None:
         check_data(finished, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
-        state = "finished" if job.is_finished() else f"{done} epochs done" if done else "not begun"
+        state = job.finished_with() if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
-    failed = {} if args.list else run_jobs([job for job in jobs if not job.is_finished()], args)
+    failed = {} if args.list else run_jobs(jobs_to_run(jobs), args)
     print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))
     if failed:
         raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))

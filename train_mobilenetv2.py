@@ -42,7 +42,7 @@ def main():
     for epoch in checkpoints.epochs_left():
         train_metrics = utils.train(train_step, train_loader, epoch)
         test_metrics = utils.test(model, test_loader, criterion, epoch)
-        scheduler.step()
+        scheduler.step()  # before the save, which stores it
         checkpoints.save(epoch, train_metrics, test_metrics)
     utils.finish(checkpoints, data, model, test_loader)
 

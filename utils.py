@@ -107,7 +107,7 @@ def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, flo
     """
     train_step.model.train()
     loader.set_epoch(epoch)
-    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout
+    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout, and a Loader's transform
     with Meter(f"Train epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
         for (images, labels), weight in zip(loader, loader.weights, strict=True):
             loss, logits = train_step(images, labels, weight)

@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from harness.files import checkpoint_bytes, read_checkpoint, read_first_whole, write_atomically, write_checkpoint
+from harness.files import (
+    check_is_plain,
+    checkpoint_bytes,
+    read_checkpoint,
+    read_first_whole,
+    write_atomically,
+    write_checkpoint,
+)
 from harness.folder import RunFolder, find_best, resumable_files
 from harness.operations import petaflop
 from harness.processes import RANK, WORLD_SIZE, broadcast, gather
@@ -39,6 +46,7 @@ class Checkpoints:
         args, data, train_loader, train_step: of ArgumentParser, load_data, Loader and TrainStep. base: the experiment
         whose last epoch this one starts from, unless it resumes its own, and the command that trains it.
         """
+        scheduler = scheduler or train_step.scheduler
         self.args, self.loader, self.train_step, self.scheduler = args, train_loader, train_step, scheduler
         self.model, self.optimizer = train_step.model, train_step.optimizer
         self.base_run, self.base_command = base or (None, None)
@@ -99,9 +107,9 @@ class Checkpoints:
                 best = self.best_file(path.parent, checkpoint)
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
-        group = self.optimizer.param_groups[0]
-        self.recipe["lr"] = group.get("initial_lr", group["lr"])
-        self.records.begin_epoch(group["lr"])
+        self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
+        parts = {name: part.state_dict() for name, part in self.resumed_parts.items()}
+        check_is_plain({**self.network, "recipe": self.recipe, **parts})
         handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
         return checkpoint["epoch"] if checkpoint else 0
 
@@ -154,21 +162,32 @@ class Checkpoints:
             )
         if epoch > self.args.epochs:
             raise UserError(f"{path} has {epoch} epochs of training, more than --epochs {self.args.epochs}; use more")
-        if not checkpoint.keys() >= self.resumed_parts.keys():
+        parts = self.resumed_parts
+        if is_base:  # only the base's moments are loaded, not its learning rate, schedule and weight decay
+            parts = {name: part for name, part in parts.items() if name != "scheduler"}
+            checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
+        if not checkpoint.keys() >= parts.keys():
             raise UserError(f"{path} has no scheduler state, but this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
         self.train_step.check_state(path, checkpoint)
-        if is_base:  # only the base's moments are loaded, not its learning rate and weight decay
-            checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        for name, part in self.resumed_parts.items():
+        for name, part in parts.items():
             if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
-        if self.args.lr_given:
-            self.train_step.change_lr(self.args.lr, self.scheduler)
+        if not is_base:
+            self.resume_lr(recipe)
         complete = ", which was the last" if epoch == self.args.epochs else ""
         print(f"resuming {path} after epoch {epoch}{complete}", flush=True)
         if not is_base:
             self.records.rows = checkpoint["rows"]
+
+    def resume_lr(self, recipe: dict) -> None:
+        """Keep the learning rate of the run with this recipe, or change it to the command line's, if given."""
+        group = self.optimizer.param_groups[0]
+        lr = recipe.get("lr", group.get("initial_lr", group["lr"]))  # an earlier version did not keep it
+        if self.args.lr_given:
+            self.train_step.change_lr(lr, self.args.lr, self.scheduler)
+        else:
+            self.recipe["lr"] = lr
 
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
         """Raise UserError if the checkpoint's recipe differs from this run's. A base has to agree only in part."""

@@ -38,7 +38,7 @@ def run_on_cluster(
         raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
     try:
         host, colon, port = address.rpartition(":")
-        if colon:  # ray.init would keep trying for long
+        if colon and "//" not in host:  # ray.init would keep trying for long
             socket.create_connection((host, port), timeout=10).close()
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # so that workers find this module
         ray.init(address or "local", runtime_env=environment, log_to_driver=False, logging_level="error")
@@ -48,8 +48,9 @@ def run_on_cluster(
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # outlives the other machines
-        most = {name: max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU")}
-        cores, gpus = max(1, int(most["CPU"] // jobs)), min(1, most["GPU"] / jobs) if use_gpus else 0
+        machines = [(node["Resources"].get("GPU", 0), node["Resources"].get("CPU", 0)) for node in ray.nodes()]
+        most_gpus, cores = max((gpus if use_gpus else 0, cores) for gpus, cores in machines)  # of one machine
+        cores, gpus = max(1, int(cores // jobs)), min(1, most_gpus / jobs)
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
         by_name, refs, failed = {task.name: task for task in tasks}, {}, {}
         numbers = {}  # of the running tasks, by their names

@@ -100,8 +100,10 @@ def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argpars
 
     A choice stands for itself. Another value follows its flag's name, so that no two values give the same name.
     """
-    value = getattr(args, action.dest)
-    if value is None or value == action.default:
+    value, default = getattr(args, action.dest), action.default
+    if isinstance(default, str) and callable(action.type):  # as argparse does
+        default = action.type(default)
+    if value is None or value == default:
         return None
     flags = [option.lstrip("-") for option in action.option_strings] or [action.dest]
     if action.const not in (None, value):  # another flag has set it

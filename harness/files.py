@@ -66,6 +66,18 @@ def checkpoint_bytes(state: dict) -> memoryview:
     return buffer.getbuffer()
 
 
+def check_is_plain(state: dict) -> None:
+    """Raise UserError if a member of the dict has more than tensors and plain values, which could not be read again."""
+    for name, member in state.items():
+        try:
+            torch.load(io.BytesIO(checkpoint_bytes(member)), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"the {name} has other values than tensors and plain Python ones, and could not be resumed; convert "
+                "them, such as NumPy's numbers with float()"
+            ) from None
+
+
 def read_checkpoint(path: Path) -> dict:
     """Return the dict of a checkpoint file, with its tensors on the CPU.
 

@@ -33,7 +33,7 @@ class Loader:
 
     All other draws of an epoch depend on the seed and the epoch alone. `set_epoch` sets the epoch.
 
-    Raises UserError if there are more processes than images to share, or if `crop` is True.
+    Raises UserError if there are more processes than images to share, or if `flip` or `crop` has no meaning.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Loader:
     ):
         if crop is True:
             raise UserError("crop=True: crop is a number of pixels now; use crop=4")
+        if flip not in (False, True, "alternating"):
+            raise UserError(f"flip={flip!r}: use True or 'alternating'")
         self.images, self.labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
         self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))

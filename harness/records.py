@@ -153,7 +153,8 @@ def git_commit() -> str | None:
     git = ["git", "-C", Path(__file__).parent.parent]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        code = (":(glob)*.py", "models", "harness")  # new files too
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True, check=True).stdout
         return f"{head}+" if changed else head
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -71,7 +71,14 @@ def summary(records: list[dict]) -> str:
     """Return the accuracy of a row's records in percent, as text.
 
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
+    Raises UserError if the records are of different recipes.
     """
+    recipes = [(record["recipe"].get("constants"), len(record["epochs"])) for record in records]
+    if any(recipe != recipes[0] for recipe in recipes):
+        raise UserError(
+            f"records of {records[0]['run']} and its other seeds differ in epochs or constants, so they have no common "
+            "mean; move those of the earlier recipe into another folder"
+        )
     values = [record["accuracy"] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""

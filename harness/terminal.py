@@ -106,7 +106,8 @@ def nonempty_path(text: str) -> Path:
 
 def data_folder(text: str) -> str:
     """Return the value of --data, a folder or "synthetic"."""
-    return text if text == "synthetic" else str(nonempty_path(text))
+    nonempty_path(text)
+    return text
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

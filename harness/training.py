@@ -90,26 +90,26 @@ class TrainStep:
         same &= checkpoint.get("parameters", self.parameter_names()) == self.parameter_names()
         for position, state in checkpoint["optimizer"]["state"].items():
             for name, value in state.items():
-                if not isinstance(value, torch.Tensor) or not value.dim() or name in ("row_var", "col_var"):
-                    continue  # a count of steps, or Adafactor's sums
-                same &= position < len(parameters) and value.shape == parameters[position].shape
+                if name in ("momentum_buffer", "exp_avg", "exp_avg_sq") and isinstance(value, torch.Tensor):
+                    same &= position < len(parameters) and value.shape == parameters[position].shape
         if not same:
             raise UserError(
                 f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
                 "and the optimizer's state depends on that order; start without --resume"
             )
 
-    def change_lr(self, lr: float, scheduler: LRScheduler | None) -> None:
-        """Set the first group's learning rate, and scale the other groups' rates and the schedule with it."""
-        first = self.optimizer.param_groups[0]
-        before = first.get("initial_lr", first["lr"])
+    def change_lr(self, before: float, lr: float, scheduler: LRScheduler | None) -> None:
+        """Scale all learning rates of the optimizer and the schedule, for a run at --lr `lr` instead of `before`."""
+        if lr == before:
+            return
         for group in self.optimizer.param_groups:
-            for name in ("lr", "initial_lr"):  # schedulers add initial_lr, except ReduceLROnPlateau
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # schedulers add all but the first
                 if name in group:
                     group[name] = lr * (group[name] / before)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR
-            if hasattr(each, "base_lrs"):
-                each.base_lrs = [lr * (base_lr / before) for base_lr in each.base_lrs]
+            for name in ("base_lrs", "max_lrs"):
+                if hasattr(each, name):
+                    setattr(each, name, [lr * (rate / before) for rate in getattr(each, name)])
 
     def forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1

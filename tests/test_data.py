@@ -209,9 +209,11 @@ def test_a_crop_has_black_or_mirrored_borders():
         assert seen == {window.numpy().tobytes() for window in windows}
 
 
-def test_a_crop_that_is_no_number_is_refused():
+def test_an_augmentation_that_means_nothing_is_refused():
     with pytest.raises(UserError, match="use crop=4"):
         make_loader(crop=True)
+    with pytest.raises(UserError, match="flip='alternate': use True or 'alternating'"):
+        make_loader(flip="alternate")
 
 
 def test_alternating_flips_show_both_sides_in_two_epochs():

@@ -4,12 +4,13 @@ import argparse
 import json
 import re
 import sys
+from pathlib import Path
 
 import utils
 
 import pytest
 import torch
-from helpers import R1, R2, R4, ROOT, log
+from helpers import R1, R2, R3, R4, ROOT, log
 
 from harness.recipe import first_difference, plain, today
 
@@ -151,6 +152,7 @@ def parse(line, *flags):
         ("--no-norm", "-no-norm"),
         ("--sizes 1 2", "-sizes1+2"),
         ("--init ../a/b.pt", "-init..%2Fa%2Fb.pt"),
+        ("--teacher t.pt", ""),
         ("--seed 2 --crop", "-crop-seed2"),
         ("--holdout --seed 2 --data synthetic", "-seed2-holdout-synthetic"),
         ("big", "-target=big"),
@@ -167,6 +169,7 @@ def test_a_run_is_called(line, name):
         ("--norm", {"action": argparse.BooleanOptionalAction, "default": True}),
         ("--sizes", {"type": int, "nargs": "+"}),
         ("--init", {}),
+        ("--teacher", {"type": Path, "default": "t.pt"}),
         *([("--head", {"choices": ["cifar"]})] if "head" in line else []),
         *([("--widths", {"type": int})] if "widths" in line else []),
         *([("target", {"nargs": "?"}), ("--target-size", {})] if line == "big" else []),
@@ -217,6 +220,29 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
     (folder / "curves.png").unlink()
     script("plot.py", folder, "--data", folders)
     assert (folder / "curves.png").exists()
+
+
+@pytest.mark.long
+def test_another_experiment_continues_r2_with_a_schedule(script, tmp_path, folders):
+    flags = ["--data", folders, "--batch-size", 30, "--epochs"]
+    script(R2, *flags, 1, "--crop")
+    scheduled = ("train_loader.dtype)\n", "train_loader.dtype, scheduler)\n"), ("    train_step =",
+        "    scheduler = utils.triangular_schedule(optimizer, 3 * len(train_loader), 0)\n    train_step =")  # fmt: skip
+    path = edited(tmp_path, R3, *scheduled).rename(tmp_path / "cifar10_r9.py")
+    script(path, *flags, 3)
+    rates = [row["lr"] for row in log(tmp_path / "checkpoints/cifar10_r9")]
+    assert "resuming" in script(path, *flags, 3, "--resume").stdout
+    assert [float(rate) for rate in rates] == pytest.approx([4e-4 * 8.5 / 9, 4e-4 * 5.5 / 9])
+    recipe = json.loads((tmp_path / "checkpoints/cifar10_r9/run.json").read_text())["recipe"]
+    assert recipe["scheduler"]["name"] == "LambdaLR"  # known to the run though given to TrainStep only
+
+
+def test_a_run_that_could_not_be_resumed_does_not_begin(refused, tmp_path, folders):
+    numpys = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.interp(epoch, [0, 9], [1, 0]))"
+    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK)"
+    path = edited(tmp_path, R4, ("import torch\n", "import numpy as np\nimport torch\n"), (schedule, numpys))
+    line = refused(path, "--data", folders, "--batch-size", 30, "--epochs", 1)
+    assert "the optimizer has other values than tensors and plain Python ones, and could not be resumed" in line
 
 
 # ------------------------------------------------------------------------------------------------- held out

@@ -15,6 +15,7 @@ from helpers import R1, ROOT, output, write_images
 
 import plot
 import reproduce
+from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side
 from harness.results import RESULTS, read_records, results_table, summary
 from harness.statistics import difference, interval, t_quantile
@@ -71,6 +72,18 @@ def test_r3_comes_after_r2(script):
     ]  # fmt: skip
 
 
+def test_a_finished_row_runs_again_if_another_needs_its_deleted_run(tmp_path):
+    jobs = [reproduce.Job(name, seed, tmp_path / f"{name}{seed}", tmp_path / f"{name}-seed{seed}.json")
+            for name in ("r2-crop", "r3") for seed in (0, 1)]  # fmt: skip
+    assert reproduce.jobs_to_run(jobs) == jobs
+    for job in (jobs[0], jobs[1], jobs[3]):  # r3 with seed 0 is not finished
+        shutil.copy(RESULTS / "cpu/r1-seed0.json", job.record)
+    assert reproduce.jobs_to_run(jobs) == [jobs[0], jobs[2]]
+    jobs[0].folder.mkdir()
+    (jobs[0].folder / "last.pt").touch()
+    assert reproduce.jobs_to_run(jobs) == [jobs[2]]
+
+
 def test_synthetic_records_are_kept_apart(start, script, tmp_path):
     process = start("reproduce.py", "--only", "r1", "--data", "synthetic", "--results", tmp_path / "mine")
     wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1-synthetic", 1)
@@ -83,7 +96,12 @@ def test_synthetic_records_are_kept_apart(start, script, tmp_path):
     (tmp_path / "mine").mkdir()
     shutil.copy(RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
     assert " epochs done: " in script("reproduce.py", *flags, "synthetic").stdout
-    assert ", finished: " in script("reproduce.py", *flags, "not-downloaded-yet").stdout
+    record = json.loads((tmp_path / "mine/r1-seed0.json").read_text())
+    for sha256, state in ((sha256_of(ROOT / R1), ""), ("0" * 64, " with another version of cifar10_r1.py")):
+        record["script"]["sha256"] = sha256
+        (tmp_path / "mine/r1-seed0.json").write_text(json.dumps(record))
+        out = script("reproduce.py", *flags, "not-downloaded-yet").stdout
+        assert f"[1/1] r1, seed 0, finished{state}: python cifar10_r1.py\n" in out
 
 
 def test_a_record_of_other_data_is_no_record_of_this(refused, tmp_path, folders):
@@ -295,9 +313,13 @@ def test_a_row_that_fails_says_which(script, tmp_path):
 
 
 def test_the_summary_of_several_seeds():
-    records = [{"accuracy": 67.0}, {"accuracy": 68.0}, {"accuracy": 69.0}]
+    recipe = {"run": "cifar10_r1", "recipe": {"constants": {"LR": 0.1}}, "epochs": [1, 2]}
+    records = [recipe | {"accuracy": accuracy} for accuracy in (67.0, 68.0, 69.0)]
     assert summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
     assert summary(records[:1]) == "67.0" and summary([]) == ""
+    for other in ({"recipe": {"constants": {"LR": 0.2}}}, {"epochs": [1, 2, 3]}):
+        with pytest.raises(UserError, match="cifar10_r1 and its other seeds differ in epochs or constants"):
+            summary([*records, records[0] | other])
 
 
 @pytest.mark.parametrize("name, row", reproduce.ROWS.items(), ids=reproduce.ROWS)

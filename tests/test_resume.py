@@ -244,24 +244,51 @@ def test_a_finished_runs_record_stays(script, tmp_path, folders):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
-        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
-        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        lambda optimizer, lr: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        lambda optimizer, lr: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lambda optimizer, lr: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=10),
+        lambda optimizer, lr: torch.optim.lr_scheduler.CyclicLR(optimizer, lr / 9, lr, 3),
+        lambda optimizer, lr: torch.optim.lr_scheduler.SequentialLR(
             optimizer,
             [torch.optim.lr_scheduler.ConstantLR(optimizer, 1), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)],
             [5],
         ),
-        lambda optimizer: None,
+        lambda optimizer, lr: None,
     ],
 )
 def test_a_rate_is_given_to_any_scheduler(make):
+    """From the change on, the rates are those of a run that had the new rate from the start."""
+    model, rates = torch.nn.Linear(2, 2), {}
+    for begun_with in (0.1, 0.01):
+        optimizer = torch.optim.SGD(model.parameters(), lr=begun_with)
+        scheduler = make(optimizer, begun_with)
+        step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
+        advance(optimizer, scheduler, 3)
+        step.change_lr(begun_with, 0.01, scheduler)
+        rates[begun_with] = advance(optimizer, scheduler, 6)
+    assert rates[0.1] == pytest.approx(rates[0.01])
+    assert json.dumps(describe_scheduler(scheduler, 10))
+
+
+def advance(optimizer, scheduler, steps):
+    """Return the first group's rate at each of the next steps."""
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step(*[1.0] * isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau))
+    return rates
+
+
+def test_the_rate_of_the_run_is_no_change():
+    """The same command with --lr and --resume keeps what a schedule without initial_lr, or a hand, made of it."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = make(optimizer)
     step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
-    step.change_lr(0.01, scheduler)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
-    assert json.dumps(describe_scheduler(scheduler, 10))
+    optimizer.param_groups[0]["lr"] = 0.03
+    step.change_lr(0.1, 0.1, None)
+    assert optimizer.param_groups[0]["lr"] == 0.03
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -271,7 +298,7 @@ def test_a_rate_that_is_given_scales_that_of_all_groups(scheduled):
     optimizer = torch.optim.SGD(groups, lr=0.1)
     scheduler = utils.triangular_schedule(optimizer, 10, 0) if scheduled else None
     step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
-    step.change_lr(0.2, scheduler)
+    step.change_lr(0.1, 0.2, scheduler)
     for _ in range(2):
         factor = 1 - optimizer.state_dict()["param_groups"][0]["lr"] / 0.2  # how much the schedule takes away
         assert factor == pytest.approx(0.05 + 0.1 * scheduler.last_epoch if scheduler else 0)

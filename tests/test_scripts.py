@@ -9,6 +9,7 @@ import os
 import platform
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -372,3 +373,20 @@ def test_r5_tests_six_views_with_tta_only(script, tmp_path, folders, flags):
     data = load_data(str(folders))
     accuracy = 100 * (classifier(data.test_images).argmax(1) == data.test_labels).double().mean().item()
     assert accuracy == pytest.approx(json.loads((run / "run.json").read_text())["accuracy"])
+
+
+def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
+    shutil.copytree(ROOT / "harness", tmp_path / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    code = (
+        "from pathlib import Path; from harness.records import git_commit; import sys\n"
+        "for name in ('', 'notes.md', 'cifar10_r9.py'):\n"
+        "    name and Path(name).touch()\n"
+        "    print(git_commit())\n"
+    )
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.split()
+    assert len(first) == 40 and second == first and third == f"{first}+"

@@ -75,6 +75,9 @@ def test_a_run_is_shipped(script, refused, tmp_path, folders):
     assert expected in refused("reproduce.py", *flags, before=in_this_folder)
     assert "name it with --only" in refused("reproduce.py", *flags, "r2", before=in_this_folder)
     assert not (tmp_path / "small.pt").exists()
+    (tmp_path / "results/mine").mkdir()
+    shutil.copy(run / "run.json", tmp_path / "results/mine/r1-seed0.json")  # which Git ignores
+    assert expected in refused("reproduce.py", *flags, before=in_this_folder)
     shutil.copy(run / "run.json", record)
     assert "the network is in small.pt; " in script("reproduce.py", *flags, before=in_this_folder).stdout
 
