@@ -106,11 +106,12 @@ class Job(NamedTuple):
         """Return whether the record exists."""
         return self.record.exists() and read_record(self.record) is not None
 
-    def finished_with(self) -> str:
-        """Return "finished", and with what if the script has been changed since."""
-        script = ROOT / ROWS[self.name].command.split()[0]
-        then = read_record(self.record).get("script") or {"sha256": None}  # early records lack it
-        return "finished" if then["sha256"] == sha256_of(script) else f"finished with another version of {script.name}"
+    def outcome(self) -> str:
+        """Return the finished job's accuracy as text, and whether its script has been changed since."""
+        record, script = read_record(self.record), ROOT / ROWS[self.name].command.split()[0]
+        then = record.get("script") or {"sha256": None}  # early records lack it
+        other = "" if then["sha256"] == sha256_of(script) else f" by another version of {script.name}"
+        return f"finished with {record['accuracy']:.1f} %{other}"
 
     def epoch_seconds(self) -> list[float]:
         """Return the seconds of each finished epoch, or none if the log cannot be read. The run will rewrite it."""
@@ -336,7 +337,7 @@ def main() -> None:
         check_data(finished, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
-        state = job.finished_with() if job.is_finished() else f"{done} epochs done" if done else "not begun"
+        state = job.outcome() if job.is_finished() else f"{done} epochs done" if done else "not begun"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
     failed = {} if args.list else run_jobs(jobs_to_run(jobs), args)
     print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))

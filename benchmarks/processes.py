@@ -43,7 +43,7 @@ def main() -> None:
         rounds = [[images_per_second(script, *how) for how in PROCESSES.values()] for _ in range(3)]
         rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
         for how, rate in zip(PROCESSES, rates, strict=True):
-            print(f"{script:15}{how:25}{rate:10.0f} images/s", flush=True)
+            print(f"{script:15}{how:25}{rate:10.0f} images/s with testing and saving", flush=True)
         print(f"{script:15}2 processes / 1 process  {rates[1] / rates[0]:10.2f}", flush=True)
 
 

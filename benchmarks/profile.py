@@ -1,4 +1,4 @@
-"""Print the operations that take most of a training step's time.
+"""Print the operations that take most of a training step's time, without the preparation of its images.
 
 python -m benchmarks.profile
 python -m benchmarks.profile --only r4 mobilenet   # only scripts whose command contains one of these
@@ -21,10 +21,10 @@ def profile(command: str, data: Data, device: torch.device) -> None:
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     # One step only on a CPU, because the profiler takes memory at each step, which distorts the profile.
     steps = min(50, len(script.train_loader)) if device.type == "cuda" else 1
-    profiles = []
+    batches, profiles = list(itertools.islice(script.train_loader, steps)), []
     for _ in range(20):
         with torch.profiler.profile() as profiler:
-            for images, labels in itertools.islice(script.train_loader, steps):
+            for images, labels in batches:
                 script.train_step(images, labels)
         profiles.append({event.key: getattr(event, key) / 1000 / steps for event in profiler.key_averages()})
     shortest = min(profiles, key=lambda times: sum(times.values()))

@@ -136,7 +136,7 @@ def baseline(script: Prepared, data: Data, training: bool) -> Round:
     )
     images, labels = data[:2] if training else (data.test_images, data.test_labels)
     dataset, batch_size = PILImages(images, labels, transform), max(loader.batch_sizes) if training else 100
-    workers = {"num_workers": os.cpu_count(), "persistent_workers": True}
+    workers = {"num_workers": torch.get_num_threads(), "persistent_workers": True}
     batches = endless(DataLoader(dataset, batch_size, shuffle=training, **workers))
 
     def run_round():

@@ -15,16 +15,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n runs a test on each core
 # isort: split
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import CIFAR10_CLASSES, PACK, PROCESSES, ROOT, as_a_process, output, write_images
 from torchvision.datasets import CIFAR10
+
+from harness.data import load_data
 
 
 @pytest.fixture
 def start(tmp_path, request):
     """Return a function that starts a script in a folder of its own and returns its multiprocessing.Process.
 
-    before: a function of a module, called in the process before the script.
+    before: a function of a module, called in the process before the script. At the end of the test, what still runs is
+    killed.
     """
+    processes = []
 
     def start(name, *flags, before=None):
         flags, environment = [*map(str, flags)], dict(os.environ)
@@ -32,9 +37,13 @@ def start(tmp_path, request):
             environment["CUDA_VISIBLE_DEVICES"] = ""  # only the CPU promises results to the last bit
         process = PROCESSES.Process(target=as_a_process, args=(str(ROOT / name), flags, tmp_path, environment, before))
         process.start()
+        processes.append(process)
         return process
 
-    return start
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
@@ -44,6 +53,7 @@ def script(start, tmp_path):
     def run(name, *flags, status=0, before=None):
         process = start(name, *flags, before=before)
         process.join(300)
+        assert process.exitcode is not None, f"{name} still runs after 300 s"
         texts = {stream: output(tmp_path, stream).read_text() for stream in ("stdout", "stderr")}
         assert process.exitcode == status, texts["stderr"]
         return SimpleNamespace(**texts)
@@ -75,9 +85,20 @@ def cifar10(tmp_path_factory):
         return Path(os.environ["CIFAR10_DIR"]).resolve()
     if not PACK.exists():
         pytest.skip("no CIFAR-10 here: CIFAR10_DIR is not set")
-    folder = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, str(PACK), str(folder)], check=True)
+    folder = tmp_path_factory.getbasetemp() / "cifar10"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers
+        folder = folder.parents[1] / "cifar10"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            subprocess.run([sys.executable, str(PACK), f"{folder}.new"], check=True)
+            os.rename(f"{folder}.new", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_data(cifar10):
+    """Return CIFAR-10 in memory."""
+    return load_data(str(cifar10))
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Helpers for the tests and their fixtures: the scripts' names, their processes, and what a run leaves."""
 
 import csv
+import functools
 import multiprocessing
 import os
 import runpy
+import struct
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,15 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 os.environ["PYTHONPATH"] = str(ROOT)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["plot", "predict"])
+
+
+def hide(package):
+    """Return a function for `before` that makes a package look as if it were not installed."""
+    return functools.partial(set_missing, package)
+
+
+def set_missing(package):
+    sys.modules[package] = None
 
 
 def output(folder, stream):
@@ -52,9 +64,21 @@ def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(60 * label, 60 * label + 80, (32, 32, 3), np.uint8)
+                dark = 60 * label % 176
+                pixels = rng.integers(dark, dark + 80, (32, 32, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:04d}{suffix}")
     return root
+
+
+def png(colour_type, channels, bits=16, side=32):
+    """Return a black PNG, also of kinds that Pillow cannot write. One that is not 32x32 has only its header right."""
+    rows = zlib.compress(bytes(1 + 32 * channels * bits // 8) * 32)
+    header = struct.pack(">IIBBBBB", side, side, bits, colour_type, 0, 0, 0)
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 class Trap:

@@ -35,9 +35,11 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("cifar10_r4.py", "label_smoothing=LABEL_SMOOTHING", "label_smoothing=0", RECIPES, "r4"),
     ("cifar10_r4.py", "args.epochs, PEAK", "args.epochs, 0.5", RECIPES, "r4"),
     ("cifar10_r4.py", "stem=args.stem", 'stem="imagenet"', RECIPES, "r4"),
-    ("cifar10_r4.py", "        scheduler.step()\n", "", "test_resume.py", "rate_given"),
+    ("cifar10_r4.py", "        scheduler.step()  #", "        #", "test_resume.py", "rate_given"),
+    ("train_mobilenetv2.py", "        scheduler.step()  #", "        #", "test_resume.py", "killed and mobilenet"),
+    ("cifar10_r2.py", "torch.manual_seed(args.seed)", "torch.manual_seed(0)", RECIPES, "r2"),
     ("cifar10_r5.py", "model.whiten(", "str(", RECIPES, "r5"),
-    ("cifar10_r5.py", '"lr": rate, ', "", RECIPES, "r5"),
+    ("cifar10_r5.py", '"lr": rate * args.lr, ', "", RECIPES, "r5"),
     ("cifar10_r5.py", '"momentum": SGD_MOMENTUM, ', "", RECIPES, "r5"),
     ("cifar10_r5.py", "SixViews(model) if args.tta", "model if args.tta", "test_scripts.py", "views"),
     ("cifar10_r5.py", ", reflect=True", "", RECIPES, "r5"),
@@ -45,8 +47,9 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("train_mobilenetv2.py", "crop=4", "crop=0", RECIPES, "mobilenet"),
     ("train_mobilenetv2.py", "train_step, scheduler)", "train_step)", RECIPES, "mobilenet"),
     # utils.py
+    ("utils.py", '"seed": args.seed', '"seed": 0', RECIPES, "r1"),
     ("utils.py", "    loader.set_epoch(epoch)\n", "", RECIPES, "anew"),
-    ("utils.py", "    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout\n", "", RECIPES, "anew"),
+    ("utils.py", "    torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)", "    ", RECIPES, "anew"),
     ("utils.py", "    model.eval()\n    with Meter", "    with Meter", RECIPES, "evaluation"),
     ("utils.py", "    model.eval()\n    own_logits", "    own_logits", RECIPES, "evaluation"),
     ("utils.py", "    train_step.model.train()\n", "    train_step.model.eval()\n", RECIPES, "anew"),
@@ -78,7 +81,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/training.py", "        self.optimizer.zero_grad()\n", "", "test_scripts.py", "minute"),
     ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
     ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),
-    ("harness/training.py", "each.base_lrs = [lr", "each.base_lrs = [0.1", "test_resume.py", "rate"),
+    ("harness/training.py", "[lr * (rate / before) for", "[0.1 * (rate / before) for", "test_resume.py", "rate"),
     ("harness/training.py", "        same &= checkpoint.get", "        checkpoint.get", RECIPE, "order"),
     # recipe, command line
     ("harness/recipe.py", "if was == now or", "if names[0] == 'flags' or was == now or", RECIPE, ""),
@@ -111,7 +114,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/download.py", "if sha256_of(part) == sha256", "if True", "test_download.py", "other_bytes"),
     ("harness/download.py", 'f"bytes={have}-"', '"bytes=0-"', "test_download.py", "resumed"),
     ("harness/download.py", 'filter="data"', 'filter="fully_trusted"', "test_download.py", "hostile"),
-    ("harness/download.py", "rpartition", "partition", "test_download.py", "password"),
+    ("harness/download.py", "address.netloc.rpartition", "address.netloc.partition", "test_download.py", "password"),
     # mean_and_std, predict, plot, models
     ("mean_and_std.py", "(pixels - 1)).sqrt()", "pixels).sqrt()", "test_mean_and_std.py", "images"),
     ("mean_and_std.py", "parts = values.split(256, dim=2)", "parts = values.split(1024, dim=2)", "test_mean_and_std.py", "own"),
@@ -141,12 +144,12 @@ def notices(file: str, text: str, instead: str, tests: str, expression: str) -> 
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
         source = (copy / file).read_text()
-        assert source.count(text) >= 1, f"{file} has no {text!r} any more"
         (copy / file).write_text(source.replace(text, instead))
         options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", expression]
         command = [sys.executable, "-m", "pytest", *options]
-        done = subprocess.run([*command, *(f"tests/{name}" for name in tests.split())], cwd=copy, capture_output=True)
-        assert done.returncode in (0, 1, 2), done.stdout.decode()[-2000:]
+        command += [f"tests/{name}" for name in tests.split()]
+        done = subprocess.run(command, cwd=copy, capture_output=True, timeout=1800)
+        assert done.returncode in (0, 1), done.stdout.decode()[-2000:]  # nothing was run
         return done.returncode != 0
 
 

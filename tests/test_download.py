@@ -70,8 +70,9 @@ class Source(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(original):
+def server(original, monkeypatch):
     root, hashes, _ = original
+    monkeypatch.setenv("no_proxy", "*")
     with ThreadingHTTPServer(("127.0.0.1", 0), Source) as server:
         server.handle_error = lambda *args: None  # a client that went away
         server.daemon_threads = True
@@ -214,6 +215,11 @@ def test_no_source_has_it(get, tmp_path):
     )
 
 
+def test_data_that_are_there_are_not_downloaded(script, folders):
+    out = script("download.py", "--data", folders).stdout
+    assert str(folders) in out and "downloading" not in out
+
+
 def test_a_full_disk_is_told_before(get, monkeypatch, server):
     monkeypatch.setitem(server.hashes, "size", 10**18)
     with pytest.raises(UserError, match=r"has \d+ MB free, CIFAR-10 needs 2100000000000; make room"):
@@ -225,7 +231,8 @@ def test_without_a_route(refused, monkeypatch, tmp_path):
     """Every mirror refuses at once. The script runs as a user runs it."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY", "CIFAR10_URL"):
+        monkeypatch.delenv(name, raising=False)
     begin = time.monotonic()
     line = refused("download.py")
     assert time.monotonic() - begin < 60

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import utils
+
 import pytest
 import torch
 from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_images
@@ -25,7 +27,7 @@ from harness.terminal import UserError
 def test_killed_anywhere(start, script, tmp_path, kills):
     """Kills come at random moments, mostly in or near a save. What was reported as saved is there, nothing piles up."""
     write_images(tmp_path / "data", train=8, test=4)
-    flags = ["--epochs", 4 * kills, "--resume", "--checkpoints"]
+    flags = ["--epochs", 8 * kills, "--resume", "--checkpoints"]  # more than can be done before the last kill
     script(R1, *flags, "whole")
     whole, parts = tmp_path / "whole/cifar10_r1", tmp_path / "parts/cifar10_r1"
     stdout = output(tmp_path, "stdout")
@@ -269,7 +271,7 @@ def test_one_byte_changed_on_the_command_line(script, last, folders):
     """It is refused in one line or, if the byte was padding, gives what the whole file gives."""
     whole, rng = last.read_bytes(), random.Random(1)
     table = script(R1, "--data", folders, "--evaluate").stdout
-    for offset in rng.sample(range(len(whole)), 8):
+    for offset in rng.sample(range(len(whole)), 3):
         last.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
         try:
             read_checkpoint(last)
@@ -341,8 +343,21 @@ def test_weights_that_are_not_finite_are_not_tested(refused, last, folders):
     assert "are not finite numbers" in refused("predict.py", folders / "test/cat/0000.png", "--checkpoint", last)
 
 
+def break_a_weight():
+    """Make `utils.test` leave a weight that is not finite behind, in this process, which is a script's."""
+    original = utils.test
+
+    def test(model, *arguments):
+        metrics = original(model, *arguments)
+        next(model.parameters()).data[0, 0, 0, 0] = torch.nan
+        return metrics
+
+    utils.test = test
+
+
 def test_weights_that_are_not_finite_are_never_saved(refused, last, folders):
-    best = last.with_name("best.pt")
-    assert "not finite" in refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e20)
+    best, flags = last.with_name("best.pt"), [R1, "--data", folders, "--epochs", 9, "--resume"]
+    assert "the loss is not finite at step " in refused(*flags, "--lr", 1e20)
+    assert "the weights are not finite after epoch 3; use a lower --lr" in refused(*flags, before=break_a_weight)
     for path in (last, best):
         assert all(tensor.isfinite().all() for tensor in read_checkpoint(path)["weights"].values())

@@ -1,7 +1,9 @@
 """Who may import whom: a room of harness/ only rooms above it, a script no room, models/ only torch and torchvision."""
 
 import ast
+import re
 
+import mutate
 import pytest
 from helpers import ROOT, SCRIPTS
 
@@ -54,6 +56,7 @@ def test_every_room_is_in_the_order():
     names = [*ROOMS]
     for name, allowed in ROOMS.items():
         assert set(allowed.split()) <= set(names[: names.index(name)]), f"{name} may import only rooms above it"
+    assert re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE) == names
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -70,13 +73,19 @@ def test_a_script_knows_no_room(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_utils_before_pytorch(name):
     """A Ctrl-C during the import of PyTorch is then one line, which tests/test_bad_input.py checks for r1."""
-    first = next(node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, ast.Import))
+    imports = (ast.Import, ast.ImportFrom)
+    first = next(node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, imports))
     assert [module.name for module in first.names] == ["utils"]
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "models").glob("*.py")], ids=lambda path: path.stem)
 def test_models_import_torch_and_torchvision_only(path):
     assert packages(path) <= {"models", "torch", "torchvision"}
+
+
+def test_each_mutation_is_of_one_place():
+    for file, text, *_ in mutate.MUTATIONS:
+        assert (ROOT / file).read_text().count(text) == 1, f"{file} has {text!r} not once"
 
 
 def test_no_test_imports_a_test():

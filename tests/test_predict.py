@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import R1, R3, ROOT, SCRIPTS, Trap, write_images
+from helpers import R1, R3, ROOT, SCRIPTS, Trap, png, write_images
 from PIL import Image
 
 import predict
@@ -140,7 +140,7 @@ def test_mistakes_are_refused(refused, tmp_path, flags, words):
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")
     if "bomb" in flags:
-        Image.new("L", (20_000, 20_000)).save(tmp_path / "bomb.png")
+        (tmp_path / "bomb.png").write_bytes(png(0, 1, bits=8, side=20_000))
     (tmp_path / "empty").mkdir()
     assert words in refused("predict.py", *flags.split())
     assert not (tmp_path / "sprung").exists()

@@ -22,7 +22,8 @@ SGD = {
     "optimizer.nesterov": True, "optimizer.dampening": 0,
 }  # fmt: skip
 EVERY = {
-    "batch_size": "BATCH_SIZE", "lr": "LR", "epochs": "EPOCHS", "seed": 0, "optimizer.lr_multiple": 1.0,
+    "batch_size": "BATCH_SIZE", "lr": "LR", "epochs": "EPOCHS", "optimizer.lr_multiple": 1.0,
+    "seed": 0, "loader_seed": 0, "weights_from_seed": True,
     "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
     "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
     "augmentation.flip": True, "augmentation.crop": 4, "augmentation.reflect": False, "augmentation.transform": None,
@@ -67,7 +68,8 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | {"network.name": "MobileNetV2"},
 }  # fmt: skip
 FLAGS = ["--epochs", 7, "--batch-size", 24, "--lr", 0.0123, "--seed", 5, "--precision", "fp32", "--holdout"]
-GIVEN = {"epochs": 7, "batch_size": 24, "lr": 0.0123, "seed": 5, "precision": "fp32", "holdout": True, "images": 81}
+GIVEN = {"epochs": 7, "batch_size": 24, "lr": 0.0123, "precision": "fp32", "holdout": True, "images": 81}
+GIVEN |= {"seed": 5, "loader_seed": 5}
 
 
 def hand_over(path):
@@ -88,6 +90,7 @@ def hand_over(path):
         recipe["test"] = {name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "cutout", "training")}
         recipe["test"]["transform"] = test.transform
         recipe |= {"groups": len(checkpoints.optimizer.param_groups), "images": len(train.labels)}
+        recipe |= {"loader_seed": train.seed, "weights_from_seed": are_drawn_from(recipe["seed"], checkpoints.model)}
         recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
         if isinstance(checkpoints.model, WhitenedCNN):
             recipe["whitened"] = torch.allclose(*checkpoints.model.whitening.weight.abs().split(12))
@@ -110,6 +113,13 @@ def hand_over(path):
         raise SystemExit(0)
 
     Checkpoints.epochs_left = epochs_left
+
+
+def are_drawn_from(seed, model):
+    """Return whether the weights are those of a new network after this seed, except for r5's computed layer."""
+    torch.manual_seed(seed)
+    new = type(model)(**model.arguments).state_dict()
+    return all(torch.equal(new[name], tensor) or "whitening" in name for name, tensor in model.state_dict().items())
 
 
 def look_up(recipe, names):

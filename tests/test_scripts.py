@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -19,11 +18,12 @@ import utils
 
 import pytest
 import torch
-from helpers import R1, R2, R5, ROOT, Trap, log, same_weights, write_images
+from helpers import R1, R2, R5, ROOT, Trap, hide, log, same_weights, write_images
 
 import models
 import predict
 from harness.data import load_data
+from harness.devices import choose_device, choose_precision
 from harness.files import read_checkpoint
 from harness.synthetic import SHAPES
 
@@ -319,9 +319,8 @@ def test_tensorboard_has_the_whole_log(script, tmp_path, folders):
     assert scalars["accuracy/test"] == rows and len(rows) == 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
 def test_tensorboard_that_is_not_installed(refused, folders):
-    line = refused(R1, "--data", folders, "--tensorboard")
+    line = refused(R1, "--data", folders, "--tensorboard", before=hide("tensorboard"))
     assert "--tensorboard needs a package that is not installed: pip install tensorboard" in line
 
 
@@ -378,8 +377,9 @@ def test_r5_tests_six_views_with_tta_only(script, tmp_path, folders, flags):
 def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
     shutil.copytree(ROOT / "harness", tmp_path / "harness", ignore=shutil.ignore_patterns("__pycache__"))
     author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a git hook
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+        subprocess.run(["git", *command], cwd=tmp_path, env=environment, check=True)
     code = (
         "from pathlib import Path; from harness.records import git_commit; import sys\n"
         "for name in ('', 'notes.md', 'cifar10_r9.py'):\n"
@@ -387,6 +387,21 @@ def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
         "    print(git_commit())\n"
     )
     command = [sys.executable, "-B", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     first, second, third = done.stdout.split()
     assert len(first) == 40 and second == first and third == f"{first}+"
+
+
+def test_auto_is_the_best_device_and_its_fastest_precision(monkeypatch):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert choose_device("auto").type == expected
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_precision("auto", torch.device("cuda")) == ("bf16" if has_it else "fp16")
+        assert choose_precision("auto", torch.device("cpu")) == ("bf16" if has_it else "fp32")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import R1, ROOT
+from helpers import CIFAR10_CLASSES, R1, R5, ROOT, hide, write_images
 from PIL import Image
 
 import harness.shipped
@@ -40,21 +40,26 @@ def test_each_network_is_of_its_record(name):
     assert {tensor.dtype for tensor in network["weights"].values() if tensor.dim() > 1} == {torch.float16}
 
 
+def test_a_package_that_is_not_installed(refused):
+    line = refused("predict.py", "--export", "x.onnx", before=hide("onnxscript"))
+    assert "--export to .onnx needs two more packages: pip install onnx onnxscript" in line
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", SHIPPED)
-def test_each_network_has_its_accuracy(name, cifar10):
-    classifier, data = predict.load_classifier(name), load_data(str(cifar10))
+def test_each_network_has_its_accuracy(name, cifar10_data):
+    classifier, data = predict.load_classifier(name), cifar10_data
     batches = zip(data.test_images.split(100), data.test_labels.split(100), strict=True)
     right = sum((classifier(images).argmax(1) == labels).sum().item() for images, labels in batches)
     assert 100 * right / len(data.test_labels) == pytest.approx(classifier.accuracy, abs=0.05)
 
 
-@pytest.mark.long
-def test_a_script_evaluates_a_shipped_network(script, cifar10):
-    record = read_record(RESULTS / torch.load(FOLDER / "r5.pt", weights_only=True)["record"])
-    out = script("cifar10_r5.py", "--data", cifar10, "--evaluate", FOLDER / "r5.pt").stdout
-    accuracy = float(re.search(r"network on the test images: (\S+) %", out)[1])
-    assert accuracy == pytest.approx(record["accuracy"], abs=0.1) and "Accuracy of plane: " in out
+def test_a_script_evaluates_a_shipped_network(script, tmp_path):
+    data = write_images(tmp_path / "pictures", classes=CIFAR10_CLASSES, train=1, test=2)
+    classifier, data_in_memory = predict.load_classifier("r5"), load_data(str(data))
+    right = (classifier(data_in_memory.test_images).argmax(1) == data_in_memory.test_labels).sum().item()
+    flags = ["--data", data, "--precision", "fp32", "--evaluate", FOLDER / "r5.pt"]
+    assert f"Accuracy of the network on the test images: {5 * right:.1f} %\n" in script(R5, *flags).stdout
 
 
 def in_this_folder():
