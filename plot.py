@@ -11,7 +11,7 @@ import io
 import json
 import math
 import warnings
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import utils
@@ -19,9 +19,12 @@ import utils
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure  # without pyplot there is no window and no state between two pictures
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageOps
 
 from harness.data import Data, load_data
@@ -213,22 +216,37 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
             axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
             axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)
             ends[axis].append((accuracy[-1], cost[-1], f"{escape_unprintable(name)} {accuracy[-1]:.1f}", color))
-    titles = ("minutes of training and testing, on the machine in the table", "operations of training, in PFLOP")
+    titles = ("minutes of training and testing", "operations of training, in PFLOP")
     for axis, title in zip(axes, titles, strict=True):
-        taken = [(accuracy - 0.8, cost / 1.15, cost * 1.15) for accuracy, cost, *_ in ends[axis]]  # by the dots
-        for accuracy, cost, label, color in sorted(ends[axis]):
-            height, left = accuracy + 0.8, cost / 10 ** (0.06 * len(label))
-            for bottom, start, end in sorted(taken):  # move the label above all that it would lie on
-                if abs(height - bottom) < 1.6 and start < cost and left < end:
-                    height = bottom + 1.6
-            taken.append((height, left, cost))
-            axis.text(cost, height, label, color=color, size=8, weight="bold", ha="right", va="bottom")
         axis.set(xscale="log", xlabel=title, ylim=(50, 100))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on the test images, in percent")
+    figure.draw_without_rendering()  # now it is known where everything lies
+    for axis in axes:
+        label_dots(axis, sorted(ends[axis]))
     save(figure, path)
+
+
+def label_dots(axis: Axes, dots: list[tuple[float, float, str, str]]) -> None:
+    """Write each label above or below its dot, as near as it lies on no dot and no other label.
+
+    dots: of each dot its height, its place on the x-axis, its label and its colour.
+    """
+    centres = axis.transData.transform([(x, y) for y, x, *_ in dots])
+    taken = [Bbox.from_extents(*(centre - 4), *(centre + 4)) for centre in centres if np.isfinite(centre).all()]
+    halo = [withStroke(linewidth=2, foreground="white")]
+    style = {"textcoords": "offset points", "size": 8, "weight": "bold", "path_effects": halo, "in_layout": False}
+    for y, x, text, color in dots:
+        for points, above, side in product(range(4, 100, 2), (True, False), ("right", "left")):
+            place = (0, points if above else -points)
+            label = axis.annotate(text, (x, y), place, ha=side, va="bottom" if above else "top", color=color, **style)
+            box = label.get_window_extent()
+            if not any(map(box.overlaps, taken)) and axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1:
+                taken.append(box)
+                break
+            label.remove()
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -170,9 +170,13 @@ def test_no_label_of_the_costs_lies_on_another_or_on_a_dot(monkeypatch):
         name: [{"test_accuracy": accuracy, "seconds": 60}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))
     }
     plot.costs(logs, dict.fromkeys(logs, 1), "costs")
-    heights = [text.get_position()[1] for text in drawn["costs"].axes[0].texts]
-    assert heights[0] > 91.5  # above the dots, too
-    assert len(heights) == 3 and all(above - below >= 1.5 for below, above in itertools.pairwise(heights))
+    for axis in drawn["costs"].axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        dots = [axis.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in axis.lines]
+        assert [text.get_text() for text in axis.texts] == ["a 90.0", "b 90.1", "c 91.0"]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        assert not any(box.contains(*dot) for box in boxes for dot in dots)
+        assert all(abs(box.y0 - dot[1]) < 60 for box, dot in zip(boxes, dots[1::2], strict=True))  # near its own
 
 
 def test_a_suffix_in_capitals(script, tmp_path, folders):
