@@ -72,14 +72,12 @@ ROWS = {
     "r3": Row("cifar10_r3.py --resume", "cifar10_r3", 83.9, after="r2-crop"),
     "r4": Row("cifar10_r4.py", "cifar10_r4", 83.9),
     "r4-long": Row("cifar10_r4.py --epochs 100", "cifar10_r4", 87.6),
-    # its epochs are chosen to take an hour and a half on two CPU cores
-    "r4-cifar-short": Row("cifar10_r4.py --stem cifar --epochs 50", "cifar10_r4-cifar", 92),
     "r4-cifar": Row("cifar10_r4.py --stem cifar", "cifar10_r4-cifar", 94),
     "r4-cifar-nopool": Row("cifar10_r4.py --stem cifar-nopool", "cifar10_r4-cifar-nopool", 95),
     "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
     "r5": Row("cifar10_r5.py", "cifar10_r5", 94),
     "r5-tta": Row("cifar10_r5.py --tta", "cifar10_r5-tta", 94),
-    # its epochs are chosen to take an hour and a half there, too
+    # its epochs are chosen to take an hour and a half on two CPU cores
     "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 24", "train_mobilenetv2", 91),
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
     "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
