@@ -108,8 +108,10 @@ class Checkpoints:
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
         self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
-        parts = {name: part.state_dict() for name, part in self.resumed_parts.items()}
-        check_is_plain({**self.network, "recipe": self.recipe, **parts})
+        settings = {"optimizer": self.optimizer.state_dict()["param_groups"]}
+        if self.scheduler:
+            settings["scheduler"] = self.scheduler.state_dict()
+        check_is_plain(self.network | settings)
         handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
         return checkpoint["epoch"] if checkpoint else 0
 
@@ -173,11 +175,10 @@ class Checkpoints:
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
-        if not is_base:
-            self.resume_lr(recipe)
         complete = ", which was the last" if epoch == self.args.epochs else ""
         print(f"resuming {path} after epoch {epoch}{complete}", flush=True)
         if not is_base:
+            self.resume_lr(recipe)
             self.records.rows = checkpoint["rows"]
 
     def resume_lr(self, recipe: dict) -> None:

@@ -158,7 +158,7 @@ def make_loader(n=64, batch_size=8, **kwargs):
 @pytest.mark.long
 def test_flip_and_crop_have_torchvisions_distribution():
     """Every output of an image is one of 81 windows, mirrored or not, and each is as frequent as it should be."""
-    n = 162 * 20
+    n = 162 * 200
     loader = make_loader(1, flip=True, crop=4)
     image = loader.images[0]
     loader.images, loader.labels = image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.int64)

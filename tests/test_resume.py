@@ -20,7 +20,7 @@ from harness.recipe import describe_scheduler
 
 @pytest.mark.parametrize(
     "command",
-    [[R2, "--crop"], [R4], [R5, "--tta"], [MOBILENET]],
+    [[R2, "--crop"], [R4], [R4, "--stem", "cifar"], [R4, "--stem", "cifar-nopool"], [R5, "--tta"], [MOBILENET]],
     ids=" ".join,
 )
 @pytest.mark.long

@@ -59,7 +59,8 @@ def test_a_script_evaluates_a_shipped_network(script, tmp_path):
     classifier, data_in_memory = predict.load_classifier("r5"), load_data(str(data))
     right = (classifier(data_in_memory.test_images).argmax(1) == data_in_memory.test_labels).sum().item()
     flags = ["--data", data, "--precision", "fp32", "--evaluate", FOLDER / "r5.pt"]
-    assert f"Accuracy of the network on the test images: {5 * right:.1f} %\n" in script(R5, *flags).stdout
+    out = script(R5, *flags).stdout
+    assert f"Accuracy of the network on the test images: {5 * right:.1f} %\n" in out and "Accuracy of plane: " in out
 
 
 def in_this_folder():
