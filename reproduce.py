@@ -150,7 +150,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
         if alone:
             print(line, flush=True)
-        elif not bars.show(number, task.name, epoch):
+        elif not bars.show(number, task.name, line, epoch):
             print(f"{job}: {line}", flush=True)
 
     def finish(task: Task) -> None:
@@ -196,7 +196,8 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
         if job.name in rows:
             pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
     unknown = {other.name for other in later} - known.keys()
-    total = (own + pace * sum(known.get(other.name, 0) for other in later)) / min(at_once, 1 + len(later))
+    theirs = sum(max(0, pace * known.get(other.name, 0) - sum(other.epoch_seconds())) for other in later)
+    total = (own + theirs) / min(at_once, 1 + len(later))
     total = max(own, total)  # the others may be shorter
     but = f" except {', '.join(sorted(unknown))}" if unknown else ""
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"

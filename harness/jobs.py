@@ -105,18 +105,30 @@ def run_side_by_side(
 class Bars:
     """A progress bar for each of several jobs that run at once, on a terminal only."""
 
+    SHOWN = 60  # characters of a line, so that a bar fits into a terminal's line
+
     def __init__(self, shown: bool):
         self.shown, self.bars = shown, {}
 
-    def show(self, number: int, name: str, epoch: re.Match | None) -> bool:
-        """Update the bar of that number from an epoch's line. Return False if there are no bars."""
-        if not self.shown or not epoch:
-            return self.shown
+    def show(self, number: int, name: str, line: str, epoch: re.Match | None) -> bool:
+        """Update the bar of that number from a line that its job has printed. Return False if there are no bars.
+
+        epoch: the epoch, epochs and test accuracy in the line. Lines without them are shown before the first epoch.
+        """
+        if not self.shown:
+            return False
         bar = self.bars.get(number)
-        if not bar or bar.desc != f"{name}: ":
-            self.bars[number] = bar = progress_bar(desc=name, total=int(epoch[2]), position=number, leave=False)
-        bar.n = int(epoch[1])
-        bar.set_postfix_str(f"test accuracy:{epoch[3]}")
+        if bar is None or bar.desc != name:
+            if bar is not None:
+                bar.close()
+            self.bars[number] = bar = progress_bar(desc=name, total=0, position=number, leave=False)
+        if epoch:
+            if not bar.total:
+                bar.initial = int(epoch[1]) - 1  # of a resumed run, for the rate and the time left
+            bar.n, bar.total = int(epoch[1]), int(epoch[2])
+            bar.set_postfix_str(f"test accuracy:{epoch[3]}")
+        elif not bar.total:
+            bar.set_postfix_str(line[: self.SHOWN])
         return True
 
     def write(self, line: str) -> None:

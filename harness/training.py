@@ -68,7 +68,8 @@ class TrainStep:
 
     def check_batch_size(self, batch_size: int, smallest_share: int) -> None:
         """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm cannot train."""
-        if smallest_share > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules()):
+        layers = (nn.BatchNorm1d, nn.BatchNorm2d)
+        if smallest_share > 1 or not any(isinstance(module, layers) for module in self.model.modules()):
             return
         where, enough = (" per process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
         raise UserError(

@@ -1,12 +1,17 @@
 """Helpers for the tests and their fixtures: the scripts' names, their processes, and what a run leaves."""
 
+import contextlib
 import csv
+import fcntl
 import functools
 import multiprocessing
 import os
+import pty
 import runpy
 import struct
+import subprocess
 import sys
+import termios
 import time
 import zlib
 from pathlib import Path
@@ -54,6 +59,21 @@ def as_a_process(path, flags, folder, environment, before):
     if before:
         before()
     runpy.run_path(path, run_name="__main__")
+
+
+def run_on_a_terminal(folder, name, *flags):
+    """Run a script in `folder` on a terminal of 120 columns and return what it has printed there."""
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    process = subprocess.Popen(command, cwd=folder, stdout=theirs, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
+        while some := os.read(terminal, 10_000):
+            printed += some
+    assert process.wait() == 0
+    return printed.decode().replace("\r\n", "\n")
 
 
 def write_images(root, classes=("cat", "dog", "frog"), train=30, test=10, suffix=".png"):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, write_images
+from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, write_images
 
 import plot
 import reproduce
@@ -239,13 +239,16 @@ def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):
 
 def test_the_time_left(monkeypatch, tmp_path):
     """The other rows' times are those of the records, at this machine's pace."""
-    monkeypatch.setattr(reproduce.Job, "epoch_seconds", lambda job: [60.0, 90.0, 60.0])
+    done = {"r1": [60.0, 90.0, 60.0], "r2": []}  # seconds of the epochs so far
+    monkeypatch.setattr(reproduce.Job, "epoch_seconds", lambda job: done.get(job.name, []))
     record = {"epochs": [{"seconds": 30.0}] * 10}  # half as long as here
     monkeypatch.setattr(reproduce, "read_records", lambda folder: {"cpu": {"r1": [record], "r2": [record]}})
     jobs = [reproduce.Job(name, 0, tmp_path, tmp_path / name) for name in ("r1", "r2", "r4")]
     assert reproduce.time_left(jobs[0], 5, []) == "5.0 min left"
     assert reproduce.time_left(jobs[0], 5, jobs[1:2]) == "5.0 min left, 15.0 min with the other rows"
     assert reproduce.time_left(jobs[0], 5, jobs[1:2], at_once=2) == "5.0 min left, 7.5 min with the other rows"
+    done["r2"] = [60.0] * 4  # it runs at the same time
+    assert reproduce.time_left(jobs[0], 5, jobs[1:2], at_once=2) == "5.0 min left, 5.5 min with the other rows"
     assert reproduce.time_left(jobs[0], 5, jobs[2:]).endswith(" with the other rows except r4")
 
 
@@ -262,6 +265,18 @@ def test_a_run_that_fails_ends_no_other(script, tmp_path, folders):
     assert script(
         "reproduce.py", "--only", "r1", "--seed", 2, "--data", folders, "--results", "mine"
     ).stdout.startswith("[1/1] r1, seed 2, finished")
+
+
+@pytest.mark.long
+def test_jobs_have_bars_on_a_terminal(tmp_path, folders):
+    """Until its first epoch, such as during a download, a job's bar shows the last line that it has printed."""
+    flags = ["--only", "r1", "--seeds", 2, "--jobs", 2, "--data", folders, "--results", "mine"]
+    printed = run_on_a_terminal(tmp_path, "reproduce.py", *flags)
+    for seed in (0, 1):
+        assert re.search(rf"r1, seed {seed}: 0it \[[^]]*, 90 training and 30 test images", printed)
+        assert re.search(rf"r1, seed {seed}: .*26/26 \[[^]]*, test accuracy:\d", printed)
+        assert printed.count(f"r1, seed {seed}: 0it") == 3  # empty and with two lines: one bar for all epochs
+    assert re.findall(r"r1, seed \d: \d+\.\d %, (\d) to go", printed) == ["1", "0"]
 
 
 def test_a_task_waits_for_the_one_before_it(tmp_path):

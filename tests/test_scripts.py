@@ -1,24 +1,19 @@
 """The training scripts, run as a user runs them."""
 
-import contextlib
-import fcntl
 import functools
 import json
 import os
 import platform
-import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 
 import utils
 
 import pytest
 import torch
-from helpers import R1, R2, R5, ROOT, Trap, hide, log, same_weights, write_images
+from helpers import R1, R2, R5, ROOT, Trap, hide, log, run_on_a_terminal, same_weights, write_images
 
 import models
 import predict
@@ -138,17 +133,8 @@ def test_a_checkpoint_from_elsewhere_is_resumed_here(script, tmp_path, folders):
 
 def test_a_terminal_gets_bars(tmp_path, folders):
     """On a terminal there is a bar for training and one for testing, then the saves."""
-    terminal, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, str(ROOT / R1), "--data", str(folders), "--epochs", "1", "--batch-size", "8"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    os.close(theirs)
-    output = b""
-    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
-        while some := os.read(terminal, 10_000):
-            output += some
-    assert process.wait() == 0
-    shown = [line.rsplit("\r", 1)[-1] for line in output.decode().replace("\r\n", "\n").split("\n")]
+    output = run_on_a_terminal(tmp_path, R1, "--data", folders, "--epochs", 1, "--batch-size", 8)
+    shown = [line.rsplit("\r", 1)[-1] for line in output.split("\n")]
     bar = r"{} epoch:1: 100%\|█+\| {}/{} \[\d\d:\d\d<00:00, .*it/s, loss:\d\.\d{{3}}, accuracy:\d+\.\d{{3}}\]"
     assert re.fullmatch(bar.format("Train", 12, 12), shown[1])
     assert re.fullmatch(bar.format("test", 1, 1), shown[2])
