@@ -133,25 +133,31 @@ def check_image(i: int, image: torch.Tensor) -> None:
 
 @plot.own_settings
 def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None:
-    """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after normalisation."""
+    """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after normalisation.
+
+    Raises UserError if a channel has the std 0.
+    """
+    if not statistics.std.all():
+        raise UserError("a channel is constant in each image, so its std is 0; no histogram of its normalised values")
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
-    for channel, (name, (color, line)) in enumerate(styles.items()):
-        count = torch.bincount(tensor[:, channel].flatten(), minlength=256)
-        share = 100 * count / count.sum()
+    counts = [torch.bincount(tensor[:, channel].flatten(), minlength=256) for channel in range(len(styles))]
+    shares = [100 * count / count.sum() for count in counts]
+    top = max(share.max().item() for share in shares)
+    for channel, (share, (name, (color, line))) in enumerate(zip(shares, styles.items(), strict=True)):
         value, (m, s, pixel_std) = torch.arange(256) / 255, (values[channel].item() for values in statistics)
         for axis, x, centre, width in (
             (axes[0], value, m, pixel_std),
             (axes[1], (value - m) / s, 0, pixel_std / s),
         ):
             axis.plot(x, share, line, color=color, linewidth=1.2, label=f"{name}: mean {m:.4f}, std {s:.4f}")
-            height = -0.03 - 0.03 * channel  # below the axis, one line per channel
+            height = (-0.03 - 0.03 * channel) * top  # below the axis, one line per channel
             axis.errorbar(centre, height, xerr=width, fmt="o", color=color, markersize=4, capsize=3)
     axes[0].set(xlabel="value of the pixel", ylabel="share of the pixels, in percent", title="before: from 0 to 1")
-    axes[0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    axes[0].set_ylim(bottom=-0.14)
-    axes[0].text(-0.03, -0.06, "mean and std\nof all pixels", va="center", size="small")
+    axes[0].set_ylim(-0.14 * top, 1.45 * top)  # with room for the legend
+    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if 0 <= tick <= top])
+    axes[0].text(-0.03, -0.06 * top, "mean and std\nof all pixels", va="center", size="small")
     axes[1].set(xlabel="(value - mean) / std", title="after normalisation")
     axes[0].legend(loc="upper left", frameon=False, title="normalised with", alignment="left")
     plot.save(figure, path)

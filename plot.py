@@ -109,7 +109,8 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle=":")]
     axes[1].legend(lines, ["test", "training, as it went"], frameon=False)
-    figure.legend(loc="outside upper left", ncols=6, frameon=False)
+    widest = max(map(len, logs))
+    figure.legend(loc="outside upper left", ncols=max(1, min(6, 130 // (widest + 8))), frameon=False)
     save(figure, path)
 
 
@@ -118,7 +119,8 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
     """Draw a `utils.confusion_matrix` in percent of each row. The diagonal holds the accuracy of each class."""
     percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
     mistaken = np.ma.masked_array(percent, mask=np.eye(len(classes), dtype=bool))
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    side = min(max(6.5, 0.5 * len(classes)), 25)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(mistaken, cmap="Oranges", vmin=0, vmax=max(mistaken.max(), 1))  # the diagonal would hide these
     ticks = range(len(classes))
@@ -151,8 +153,13 @@ def mistakes(
     for axis, i in zip(axes, wrong.tolist(), strict=False):
         axis.imshow(images[i].permute(1, 2, 0).numpy())
         taken_for = classes[predictions[i]]
-        axis.set_title(f"{taken_for} {100 * confidence[i]:.1f} %\nis {classes[labels[i]]}", size=10)
+        axis.set_title(f"{cut(taken_for)} {100 * confidence[i]:.1f} %\nis {cut(classes[labels[i]])}", size=10)
     save(figure, path)
+
+
+def cut(name: str) -> str:
+    """Return a class's name as it fits above a small picture."""
+    return name if len(name) <= 10 else f"{name[:9]}…"
 
 
 @own_settings
@@ -193,6 +200,7 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
     axis.set_yticks(range(len(accuracies)), [*map(escape_unprintable, accuracies)])
     axis.set(xlabel="accuracy of the last epoch's network in percent: each run, the mean and its 95 % interval")
     axis.set_ylim(len(accuracies) - 0.4, -0.6)
+    axis.margins(x=0.1)  # for the means' labels
     axis.grid(axis="x", alpha=0.3)
     save(figure, path)
 

@@ -34,7 +34,7 @@ import torch
 import plot
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
-from harness.data import load_data
+from harness.data import has_data, load_data
 from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
 from harness.results import (
@@ -140,7 +140,7 @@ def task_of(job: Job, args: argparse.Namespace) -> Task:
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     """Run the jobs, up to --jobs at once, and copy their records. Return why jobs failed, by their names."""
     alone = args.jobs == 1 and args.ray is None
-    by_name, bars = {str(job): job for job in jobs}, Bars(shown=not alone and sys.stdout.isatty())
+    by_name, failed, bars = {str(job): job for job in jobs}, {}, Bars(shown=not alone and sys.stdout.isatty())
 
     def report(task: Task, number: int, line: str) -> None:
         job, epoch = by_name[task.name], EPOCH.match(line)
@@ -153,8 +153,12 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
         elif not bars.show(number, task.name, line, epoch):
             print(f"{job}: {line}", flush=True)
 
-    def finish(task: Task) -> None:
+    def finish(task: Task, error: str | None) -> None:
         job = by_name.pop(task.name)
+        bars.close(task.name)
+        if error:
+            failed[task.name] = error
+            return
         job.record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(job.record, (job.folder / "run.json").read_bytes())
         read_record.cache_clear()
@@ -163,10 +167,12 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     tasks = [task_of(job, args) for job in jobs]
     try:
         if args.ray is not None:
-            return run_on_cluster(tasks, args.ray, args.jobs, args.device != "cpu", report, finish)
-        return run_side_by_side(tasks, args.jobs, lambda number: share(number, args), report, finish)
+            run_on_cluster(tasks, args.ray, args.jobs, args.device != "cpu", report, finish)
+        else:
+            run_side_by_side(tasks, args.jobs, lambda number: share(number, args), report, finish)
     finally:
-        bars.close()
+        bars.close(*by_name)
+    return failed
 
 
 def share(number: int, args: argparse.Namespace) -> dict[str, str]:
@@ -190,13 +196,14 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     if not later:
         return f"{minutes(own)} left"
     machines = read_records(job.record.parent).values()
-    known, pace = {}, 1  # seconds by row from the records, and how many times as long a row takes here
+    known = {}  # seconds by row, from the records
     for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, so that a machine with this row decides
-        known |= {name: statistics.mean(map(training_seconds, records)) for name, records in rows.items()}
+        pace = 1  # how many times as long a row takes here
         if job.name in rows:
             pace = seconds_per_epoch / statistics.median(row["seconds"] for row in rows[job.name][0]["epochs"])
+        known |= {name: pace * statistics.mean(map(training_seconds, records)) for name, records in rows.items()}
     unknown = {other.name for other in later} - known.keys()
-    theirs = sum(max(0, pace * known.get(other.name, 0) - sum(other.epoch_seconds())) for other in later)
+    theirs = sum(max(0, known.get(other.name, 0) - sum(other.epoch_seconds())) for other in later)
     total = (own + theirs) / min(at_once, 1 + len(later))
     total = max(own, total)  # the others may be shorter
     but = f" except {', '.join(sorted(unknown))}" if unknown else ""
@@ -267,12 +274,13 @@ def check_is_writable(folder: Path) -> None:
         raise UserError(f"--results {folder} cannot be written: {error.strerror}; name another folder") from None
 
 
-def check_data(records: list[Path], name: str) -> None:
-    """Raise UserError if a record was made on other data than --data."""
-    fingerprint = load_data(name).fingerprint() if records else None
-    for record in records:
-        if read_record(record)["recipe"]["data"] != fingerprint:
-            raise UserError(f"{record} is of other data than --data {name}; use other --results and --checkpoints")
+def check_data(results: Path, rows: set[str], name: str) -> None:
+    """Raise UserError if a record of one of the rows was made on other data than --data."""
+    paths = [path for row in sorted(rows) for path in sorted(results.glob(f"{row}-seed*.json")) if read_record(path)]
+    fingerprint = load_data(name).fingerprint() if paths else None
+    for path in paths:
+        if read_record(path)["recipe"]["data"] != fingerprint:
+            raise UserError(f"{path} is of other data than --data {name}; use other --results and --checkpoints")
 
 
 def main() -> None:
@@ -331,9 +339,8 @@ def main() -> None:
         print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
         return
     handle_signals("; the same command resumes")
-    finished = [job.record for job in jobs if job.is_finished()]
-    if not args.list or args.data == "synthetic" or Path(args.data).exists():  # listing the rows must download nothing
-        check_data(finished, args.data)
+    if not args.list or has_data(args.data):  # listing the rows must download nothing
+        check_data(results, {job.name for job in jobs}, args.data)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
         state = job.outcome() if job.is_finished() else f"{done} epochs done" if done else "not begun"

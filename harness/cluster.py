@@ -22,9 +22,9 @@ def run_on_cluster(
     jobs: int,
     use_gpus: bool,
     report: Callable[[Task, int, str], None],
-    finish: Callable[[Task], None],
-) -> dict[str, str]:
-    """Run the tasks on a Ray cluster and return the errors of the tasks that failed, by name.
+    finish: Callable[[Task, str | None], None],
+) -> None:
+    """Run the tasks on a Ray cluster.
 
     address: as for `ray.init`; if empty, a cluster of this machine alone starts. jobs: how many tasks a machine runs at
     once, each with an equal share of its cores and GPUs. report, finish: see `run_side_by_side`. If a machine is lost,
@@ -52,7 +52,7 @@ def run_on_cluster(
         most_gpus, cores = max((gpus if use_gpus else 0, cores) for gpus, cores in machines)  # of one machine
         cores, gpus = max(1, int(cores // jobs)), min(1, most_gpus / jobs)
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
-        by_name, refs, failed = {task.name: task for task in tasks}, {}, {}
+        by_name, refs = {task.name: task for task in tasks}, {}
         numbers = {}  # of the running tasks, by their names
         for name, task in by_name.items():
             refs[name] = remote.remote(task, cores, lines, refs.get(task.after))
@@ -70,11 +70,7 @@ def run_on_cluster(
                     wrong = ray.get(ref)
                 except ray.exceptions.RayError as error:
                     wrong = " ".join(str(error).split())
-                if wrong:
-                    failed[name] = wrong
-                else:
-                    finish(by_name[name])
-        return failed
+                finish(by_name[name], wrong)
     finally:
         for ref in names:
             ray.cancel(ref)  # raises KeyboardInterrupt in `run_command`

@@ -82,6 +82,12 @@ def load_data(name: str) -> Data:
     return read_original(root)
 
 
+def has_data(name: str) -> bool:
+    """Return whether `load_data` would download nothing."""
+    root, found = Path(name), (CIFAR10.base_folder, CIFAR10.filename, "train", "test")
+    return name == "synthetic" or root.name == CIFAR10.base_folder or any((root / each).exists() for each in found)
+
+
 def check_is_free(root: Path) -> None:
     """Raise UserError if a folder that CIFAR-10 would be downloaded into holds something else."""
     others = [path.name for path in root.iterdir()] if root.is_dir() else []

@@ -54,23 +54,28 @@ def run_side_by_side(
     count: int,
     environment: Callable[[int], dict[str, str]],
     report: Callable[[Task, int, str], None],
-    finish: Callable[[Task], None],
-) -> dict[str, str]:
-    """Run the tasks, up to `count` at once, and return the errors of the tasks that failed, by name.
+    finish: Callable[[Task, str | None], None],
+) -> None:
+    """Run the tasks, up to `count` at once.
 
     environment: called with a worker's number, from 0 to count - 1; returns the worker's environment variables. report:
-    called with a task, its worker's number and each of its lines. finish: called with each task that has succeeded. If
-    a task fails, only the tasks that wait for it are left out. An exception, such as a signal's, ends all of them
-    cleanly.
+    called with a task, its worker's number and each of its lines. finish: called with each task that has ended and its
+    error, or None. If a task fails, only the tasks that wait for it are left out. An exception, such as a signal's,
+    ends all of them cleanly.
     """
-    waiting, running, failed = list(tasks), {}, {}
+    waiting, running, failed = list(tasks), {}, set()  # failed: names
+
+    def fail(task: Task, error: str) -> None:
+        failed.add(task.name)
+        finish(task, error)
+
     numbers, unfinished = set(range(count)), {task.name for task in waiting}
     with selectors.DefaultSelector() as selector:
         try:
             while waiting or running:
                 for task in [task for task in waiting if task.after in failed]:
                     waiting.remove(task)
-                    failed[task.name] = f"waited for {task.after}"
+                    fail(task, f"waited for {task.after}")
                 for task in [task for task in waiting if task.after not in unfinished][: len(numbers)]:
                     waiting.remove(task)
                     number = min(numbers)
@@ -89,9 +94,9 @@ def run_side_by_side(
                         del running[task.name]
                         numbers.add(worker.number)
                         if status:
-                            failed[task.name] = f"exit status {status}; its own error says why"
+                            fail(task, f"exit status {status}; its own error says why")
                         else:
-                            finish(task)
+                            finish(task, None)
                             unfinished.remove(task.name)
         except BaseException:
             for worker in running.values():
@@ -99,7 +104,6 @@ def run_side_by_side(
             for worker in running.values():
                 worker.process.wait()
             raise
-    return failed
 
 
 class Bars:
@@ -111,17 +115,15 @@ class Bars:
         self.shown, self.bars = shown, {}
 
     def show(self, number: int, name: str, line: str, epoch: re.Match | None) -> bool:
-        """Update the bar of that number from a line that its job has printed. Return False if there are no bars.
+        """Update a job's bar, the one of that number from above, from its line. Return False if there are no bars.
 
         epoch: the epoch, epochs and test accuracy in the line. Lines without them are shown before the first epoch.
         """
         if not self.shown:
             return False
-        bar = self.bars.get(number)
-        if bar is None or bar.desc != name:
-            if bar is not None:
-                bar.close()
-            self.bars[number] = bar = progress_bar(desc=name, total=0, position=number, leave=False)
+        if name not in self.bars:
+            self.bars[name] = progress_bar(desc=name, total=0, position=number, leave=False)
+        bar = self.bars[name]
         if epoch:
             if not bar.total:
                 bar.initial = int(epoch[1]) - 1  # of a resumed run, for the rate and the time left
@@ -136,7 +138,8 @@ class Bars:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self) -> None:
-        """Close the bars."""
-        for bar in self.bars.values():
-            bar.close()
+    def close(self, *names: str) -> None:
+        """Close the bars of these jobs."""
+        for name in names:
+            if name in self.bars:
+                self.bars.pop(name).close()

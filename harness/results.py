@@ -46,8 +46,14 @@ def read_record(path: Path) -> dict | None:
             return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    print(f"{path} is not a record of a run; skipped", flush=True)
+    report_unreadable(path)
     return None
+
+
+@functools.cache  # once for each path
+def report_unreadable(path: Path) -> None:
+    """Print that the file is skipped."""
+    print(f"{path} is not a record of a run; skipped", flush=True)
 
 
 def records_of(folder: Path, name: str) -> list[dict]:
@@ -73,11 +79,11 @@ def summary(records: list[dict]) -> str:
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     Raises UserError if the records are of different recipes.
     """
-    recipes = [(record["recipe"].get("constants"), len(record["epochs"])) for record in records]
+    recipes = [(len(record["epochs"]), *map(record["recipe"].get, ("data", "constants"))) for record in records]
     if any(recipe != recipes[0] for recipe in recipes):
         raise UserError(
-            f"records of {records[0]['run']} and its other seeds differ in epochs or constants, so they have no common "
-            "mean; move those of the earlier recipe into another folder"
+            f"records of {records[0]['run']} and its other seeds differ in data, epochs or constants, so they have no "
+            "common mean; move one kind into another folder"
         )
     values = [record["accuracy"] for record in records]
     if len(values) < 2:
@@ -90,14 +96,20 @@ def summary(records: list[dict]) -> str:
 def comparison(targets: dict[str, float], machines: Machines) -> str:
     """Return a table for the terminal: the last epoch's accuracy in percent on each machine.
 
-    targets: the target of each row in percent, by the row's name.
+    targets: the target of each row in percent, by the row's name. If a row's records have no common mean, a line below
+    the table says why.
     """
-    lines = [["row", "target", *machines]]
+    lines, errors = [["row", "target", *machines]], []
     for name, target in targets.items():
-        cells = [summary(rows.get(name, [])) or "-" for rows in machines.values()]
-        lines.append([name, f"{target:g}", *cells])
+        lines.append([name, f"{target:g}"])
+        for rows in machines.values():
+            try:
+                lines[-1].append(summary(rows.get(name, [])) or "-")
+            except UserError as error:
+                lines[-1].append("no mean")
+                errors.append(str(error))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + errors)
 
 
 def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str:

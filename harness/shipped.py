@@ -55,7 +55,11 @@ def shipped_tables() -> tuple[str, str]:
     by_class = {}
     for path in sorted(FOLDER.glob("*.pt")):
         network = read_checkpoint(path)
+        if "record" not in network:  # a user's own
+            continue
         record = read_record(RESULTS / network["record"])
+        if not record:
+            raise UserError(f"the record of {path}, results/{network['record']}, cannot be read; restore it")
         source = f"[{Path(network['record']).stem}](../results/{network['record']})"
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         cells = [f"`{path.stem}`", network["model"], source, network["epoch"], f"{record['accuracy']:.2f} %", size]

@@ -55,9 +55,18 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
     errors = [statistics.variance(values) / len(values) for values in (one, other)]
     error = math.sqrt(sum(errors))
     if not error:
-        return Difference(mean, mean, mean, 2)
+        return Difference(mean, mean, mean, 2 if mean else math.inf)
     terms = (e**2 / (len(values) - 1) for e, values in zip(errors, (one, other), strict=True))
     half = t_quantile(sum(errors) ** 2 / sum(terms)) * error
-    # With this many seeds each and these standard deviations, the interval would just reach 0.
-    needed = Z**2 * sum(statistics.variance(values) for values in (one, other)) / mean**2 if mean else math.inf
-    return Difference(mean, mean - half, mean + half, max(2, needed))
+    return Difference(mean, mean - half, mean + half, seeds_needed(mean, [*map(statistics.variance, (one, other))]))
+
+
+def seeds_needed(mean: float, variances: Sequence[float]) -> float:
+    """Return how many seeds each would distinguish a difference of this mean from 0, with these two variances."""
+    if not mean:
+        return math.inf
+    count = max(2, math.ceil(Z**2 * sum(variances) / mean**2))  # few more are needed, as Student's t is larger than Z
+    degrees = sum(variances) ** 2 / sum(variance**2 for variance in variances)  # for each seed after the first
+    while t_quantile((count - 1) * degrees) * math.sqrt(sum(variances) / count) > abs(mean):
+        count += 1
+    return count

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from harness.terminal import UserError
-from mean_and_std import get_mean_and_std, get_statistics
+from mean_and_std import get_mean_and_std, get_statistics, histograms
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (height, width, 3), np.uint8) // (i + 1) for i, (height, width) in enumerate(
@@ -112,6 +112,13 @@ def test_the_script(script, refused, tmp_path, folders):
     assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
     assert "argument --plot: 'histograms' has no picture suffix" in refused(*flags, "--plot", "histograms")
     assert "argument --plot: 'histograms.xyz' has no picture suffix" in refused(*flags, "--plot", "histograms.xyz")
+
+
+def test_a_channel_that_cannot_be_normalised(tmp_path):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    images[:, 2] = 0
+    with pytest.raises(UserError, match="a channel is constant in each image"):
+        histograms(images, get_statistics(images), tmp_path / "histograms.png")
 
 
 @pytest.mark.long

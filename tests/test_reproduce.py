@@ -19,7 +19,7 @@ import plot
 import reproduce
 from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side
-from harness.results import RESULTS, read_records, results_table, summary
+from harness.results import RESULTS, comparison, read_records, results_table, summary
 from harness.statistics import difference, interval, t_quantile
 from harness.terminal import UserError
 
@@ -104,6 +104,7 @@ def test_synthetic_records_are_kept_apart(start, script, tmp_path):
     for sha256, other in ((sha256_of(ROOT / R1), ""), ("0" * 64, " by another version of cifar10_r1.py")):
         record["script"]["sha256"] = sha256
         (tmp_path / "mine/r1-seed0.json").write_text(json.dumps(record))
+        (tmp_path / "not-downloaded-yet").mkdir(exist_ok=True)
         out = script("reproduce.py", *flags, "not-downloaded-yet").stdout
         assert f"[1/1] r1, seed 0, finished with {record['accuracy']:.1f} %{other}: python cifar10_r1.py\n" in out
 
@@ -111,7 +112,7 @@ def test_synthetic_records_are_kept_apart(start, script, tmp_path):
 def test_a_record_of_other_data_is_no_record_of_this(refused, tmp_path, folders):
     (tmp_path / "mine").mkdir()
     shutil.copy(RESULTS / "cpu/r1-seed0.json", tmp_path / "mine")
-    for flags in ([], ["--list"]):
+    for flags in ([], ["--list"], ["--seed", 1]):
         line = refused("reproduce.py", "--only", "r1", "--results", "mine", "--data", folders, *flags)
         assert "mine/r1-seed0.json is of other data than --data" in line
 
@@ -250,6 +251,10 @@ def test_the_time_left(monkeypatch, tmp_path):
     done["r2"] = [60.0] * 4  # it runs at the same time
     assert reproduce.time_left(jobs[0], 5, jobs[1:2], at_once=2) == "5.0 min left, 5.5 min with the other rows"
     assert reproduce.time_left(jobs[0], 5, jobs[2:]).endswith(" with the other rows except r4")
+    done["r2"] = []
+    machines = {"cpu": {"r1": [record], "r2": [record]}, "mine": {"r1": [{"epochs": [{"seconds": 60.0}] * 10}]}}
+    monkeypatch.setattr(reproduce, "read_records", lambda folder: machines)  # r2's time is known from "cpu" alone
+    assert reproduce.time_left(jobs[0], 5, jobs[1:2]) == "5.0 min left, 15.0 min with the other rows"
 
 
 @pytest.mark.long
@@ -262,6 +267,7 @@ def test_a_run_that_fails_ends_no_other(script, tmp_path, folders):
     assert "reproduce.py: error: r1, seed 1 failed: exit status 2; its own error says why\n" in done.stderr
     assert "cifar10_r1.py: error: " in done.stderr and "was trained on other data" in done.stderr
     assert accuracies(tmp_path / "mine").keys() == {"r1-seed0", "r1-seed2"}
+    assert re.findall(r", (\d) to go", done.stdout)[-1] == "0"
     assert script(
         "reproduce.py", "--only", "r1", "--seed", 2, "--data", folders, "--results", "mine"
     ).stdout.startswith("[1/1] r1, seed 2, finished")
@@ -287,7 +293,7 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
             f"import time; time.sleep({seconds}); print({name!r}); raise SystemExit({status})",
         ]
 
-    lines, finished = [], []
+    lines = []
     tasks = [
         Task("a", command("a", 0.5)),
         Task("b", command("b", 0), after="a"),
@@ -296,16 +302,19 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
         Task("e", command("e", 0), after="d"),
         Task("f", command("f", 0), after="nobody"),
     ]
-    failed = run_side_by_side(
-        tasks, 3, lambda number: {}, lambda task, number, line: lines.append((task.name, line)), finished.append
-    )
+    ended = {}  # the error of each task, or None
+
+    def finish(task, error):
+        ended[task.name] = error
+
+    run_side_by_side(tasks, 3, lambda number: {}, lambda task, number, line: lines.append((task.name, line)), finish)
     assert sorted(lines) == [(name, name) for name in "abcdf"]
-    names = [task.name for task in finished]
-    assert sorted(names) == ["a", "b", "c", "f"] and names.index("a") < names.index("b")
-    assert failed == {"d": "exit status 3; its own error says why", "e": "waited for d"}
+    errors = {"d": "exit status 3; its own error says why", "e": "waited for d"}
+    assert ended == dict.fromkeys("abcf") | errors and [*ended].index("a") < [*ended].index("b")
+    ended.clear()
     chain = [*tasks[3:5], Task("g", command("g", 0), after="e")]
-    failed = run_side_by_side(chain, 1, lambda number: {}, lambda *line: None, finished.append)
-    assert failed.keys() == {"d", "e", "g"} and failed["g"] == "waited for e"
+    run_side_by_side(chain, 1, lambda number: {}, lambda *line: None, finish)
+    assert ended == errors | {"g": "waited for e"}
 
 
 def test_the_95_percent_quantile_of_students_t():
@@ -325,7 +334,22 @@ def test_the_interval_of_a_mean_and_of_a_difference():
     errors = [np.var(values, ddof=1) / len(values) for values in (one, other)]
     degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
     assert found.high - found.mean == pytest.approx(t_quantile(degrees) * sum(errors) ** 0.5)
-    assert difference([1, 1], [2, 2]).low == 1
+    assert difference([1, 1], [2, 2]).low == 1 and difference([1, 1], [1, 1]).seeds == np.inf
+
+
+@pytest.mark.parametrize("mean", [0.9, 0.3, 0.05])
+def test_the_seeds_that_a_difference_needs(mean):
+    """With as many seeds of these standard deviations, the interval leaves out 0, and with one less it does not."""
+
+    def interval_leaves_out_0(count):
+        groups = [
+            deviation * (values - values.mean()) / values.std(ddof=1)
+            for deviation, values in ((0.4, np.arange(count)), (0.5, np.arange(count) ** 2))
+        ]
+        return difference(groups[0], groups[1] + mean).low > 0
+
+    needed = difference([-0.4 / 2**0.5, 0.4 / 2**0.5], [mean - 0.5 / 2**0.5, mean + 0.5 / 2**0.5]).seeds
+    assert interval_leaves_out_0(needed) and not interval_leaves_out_0(needed - 1)
 
 
 def test_compare(script, refused, tmp_path):
@@ -360,13 +384,21 @@ def test_a_row_that_fails_says_which(script, tmp_path):
     )
 
 
+def test_a_row_without_a_mean_does_not_hide_the_others():
+    record = json.loads((RESULTS / "cpu/r1-seed0.json").read_text())
+    other = record | {"recipe": record["recipe"] | {"data": "other"}}
+    table = comparison({"r1": 60, "r2": 75}, {"mine": {"r1": [record, other], "r2": [record]}}).splitlines()
+    assert [line.split()[-1] for line in table[1:3]] == ["mean", f"{record['accuracy']:.1f}"]
+    assert table[3].startswith("records of cifar10_r1 and its other seeds differ in data, epochs or constants")
+
+
 def test_the_summary_of_several_seeds():
     recipe = {"run": "cifar10_r1", "recipe": {"constants": {"LR": 0.1}}, "epochs": [1, 2]}
     records = [recipe | {"accuracy": accuracy} for accuracy in (67.0, 68.0, 69.0)]
     assert summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
     assert summary(records[:1]) == "67.0" and summary([]) == ""
-    for other in ({"recipe": {"constants": {"LR": 0.2}}}, {"epochs": [1, 2, 3]}):
-        with pytest.raises(UserError, match="cifar10_r1 and its other seeds differ in epochs or constants"):
+    for other in ({"recipe": {"constants": {"LR": 0.2}}}, {"recipe": {"data": "x"}}, {"epochs": [1, 2, 3]}):
+        with pytest.raises(UserError, match="cifar10_r1 and its other seeds differ in data, epochs or constants"):
             summary([*records, records[0] | other])
 
 

@@ -18,6 +18,7 @@ import predict
 from harness.data import load_data
 from harness.results import RESULTS, read_record
 from harness.shipped import FOLDER
+from harness.terminal import UserError
 
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.pt"))
 EXPORTED = [".pt2", pytest.param(".onnx", marks=pytest.mark.skipif(
@@ -68,7 +69,7 @@ def in_this_folder():
     harness.shipped.FOLDER, harness.shipped.RESULTS = Path(), Path("results").resolve()
 
 
-def test_a_run_is_shipped(script, refused, tmp_path, folders):
+def test_a_run_is_shipped(script, refused, tmp_path, folders, monkeypatch):
     flags = ["--ship", "small", "--only", "r1"]
     assert "is not the folder of a finished run" in refused("reproduce.py", *flags, before=in_this_folder)
     run = tmp_path / "checkpoints/reproduce/cifar10_r1"
@@ -96,6 +97,16 @@ def test_a_run_is_shipped(script, refused, tmp_path, folders):
     network = torch.load(tmp_path / "small.pt", weights_only=True)
     assert network["record"] == "cpu/r1-seed0.json"
     assert {tensor.dtype for tensor in network["weights"].values() if tensor.dim() == 1} == {torch.float32}
+
+    monkeypatch.setattr(harness.shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(harness.shipped, "RESULTS", tmp_path / "results")
+    shutil.copy(run / "best.pt", tmp_path / "own.pt")  # a user's, without a record
+    table, by_class = harness.shipped.shipped_tables()
+    assert "| `small` |" in table and "| `small` |" in by_class and "own" not in table + by_class
+    record.write_text("<<<<<<< HEAD")
+    read_record.cache_clear()
+    with pytest.raises(UserError, match="cannot be read; restore it"):
+        harness.shipped.shipped_tables()
 
 
 def write_network(path, name):
