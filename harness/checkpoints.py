@@ -59,6 +59,8 @@ class Checkpoints:
         self.records = Records(self.folder, images, args.tensorboard)
         self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
+        # The weights and buffers that must stay finite. A mask, for example, may hold infinities.
+        self.finite = [name for name, tensor in self.model.state_dict().items() if tensor.isfinite().all()]
         self.script = describe_script()  # now, as the file may be edited during the run
         self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
 
@@ -85,6 +87,7 @@ class Checkpoints:
 
         Except with --evaluate, the run also takes its folder.
         """
+        self.train_step.check_logits(self.loader, len(self.network["classes"]))
         if self.args.evaluate:
             return self.load_for_evaluation()
         self.train_step.check_batch_size(self.args.batch_size, self.loader.smallest_share)
@@ -94,6 +97,7 @@ class Checkpoints:
         path, checkpoint = read_first_whole(paths) if paths else (None, None)
         if checkpoint:
             self.resume(path, checkpoint)
+        self.check_settings()
         # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
         # file given by name, it gets a new folder, and the earlier folder is renamed.
         named = path if self.args.resume is True else self.folder / "last.pt"
@@ -108,12 +112,15 @@ class Checkpoints:
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
         self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
+        handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
+        return checkpoint["epoch"] if checkpoint else 0
+
+    def check_settings(self) -> None:
+        """Raise UserError if a file with the network and the settings of optimizer and schedule could not be read."""
         settings = {"optimizer": self.optimizer.state_dict()["param_groups"]}
         if self.scheduler:
             settings["scheduler"] = self.scheduler.state_dict()
         check_is_plain(self.network | settings)
-        handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
-        return checkpoint["epoch"] if checkpoint else 0
 
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names and return their epoch."""
@@ -254,8 +261,9 @@ class Checkpoints:
         if RANK > 0:
             return
         self.run_folder.check()
+        self.check_settings()  # again, as a schedule may have changed them
         weights = self.model.state_dict()
-        if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
+        if not torch.stack([weights[name].isfinite().all() for name in self.finite]).all():
             raise UserError(f"the weights are not finite after epoch {epoch}; use a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
         is_best = row is self.records.best_row()
@@ -270,7 +278,6 @@ class Checkpoints:
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
         state |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
         state["parameters"] = self.train_step.parameter_names()
-        (self.folder / "run.json").unlink(missing_ok=True)  # from before the run was extended
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
         write_checkpoint(self.folder / "last.pt", state, keep=previous)
         self.last_is_whole = True
@@ -295,7 +302,7 @@ class Checkpoints:
         self.run_folder.check()
         self.records.print_end()
         self.records.write_log()
-        if (self.folder / "run.json").exists():
+        if self.records.has_record():
             return  # the resumed run was complete, and its record says where and when it was trained
         run = {
             "run": self.folder.name,

@@ -30,10 +30,10 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """Return a key of DTYPES. "auto" is bf16 if the device computes it, else fp16 on CUDA and fp32 elsewhere.
 
-    Raises UserError for fp16 on the CPU.
+    Raises UserError for fp16 without CUDA.
     """
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 is for GPUs; use bf16 or fp32 on the CPU")
+    if name == "fp16" and device.type != "cuda":  # on MPS, optimizers ignored the scaler (pytorch pull request 186360)
+        raise UserError("--precision fp16 needs CUDA; use bf16 or fp32")
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -164,10 +164,15 @@ def flip(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
 def transform_groups(images: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Return the images, bytes as in `crop`, transformed with one draw of `transform` for each GROUP of images.
 
-    transform: of torchvision.transforms.v2; takes and returns uint8 of shape (N, 3, 32, 32).
+    transform: of torchvision.transforms.v2; takes and returns uint8 of shape (N, 3, 32, 32). Raises UserError if it
+    does not.
     """
-    groups = images.view(-1, SIDE, SIDE, PIXEL).permute(0, 3, 1, 2).split(GROUP)
-    return torch.cat([transform(group) for group in groups]).permute(0, 2, 3, 1).flatten(1)
+    images = images.view(-1, SIDE, SIDE, PIXEL).permute(0, 3, 1, 2)
+    transformed = torch.cat([transform(group) for group in images.split(GROUP)])
+    if (transformed.shape, transformed.dtype) != (images.shape, images.dtype):
+        was, became = (f"{some.dtype} of shape {tuple(some.shape)}" for some in (images, transformed))
+        raise UserError(f"the transform turns {was} into {became}; leave out what changes type or size")
+    return transformed.permute(0, 2, 3, 1).flatten(1)
 
 
 def cut_out(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, side: int) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from harness.files import sha256_of
 from harness.terminal import UserError
 
 # Settings that may change during a run, or that depend on the machine. The learning rates are compared as LR.
-LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}
+LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "_last_lr"}
 IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
 DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # not compared: the flags that replace them are
 AUGMENTATION = ("flip", "crop", "reflect", "cutout", "transform")  # attributes of a Loader
@@ -29,7 +30,7 @@ def describe_recipe(
     experiment: the run's name without its suffix. The other arguments are as for Checkpoints, before it resumes.
     """
     names = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.isupper()}
-    model, criterion = train_step.model, train_step.criterion
+    model = train_step.model
     return {
         "run": experiment,
         "constants": {name: plain(value) for name, value in names.items() if not isinstance(value, ModuleType)},
@@ -41,7 +42,7 @@ def describe_recipe(
         "holdout": args.holdout,
         "optimizer": describe_optimizer(train_step.optimizer, args.lr),
         "scheduler": describe_scheduler(scheduler, args.epochs, len(train_loader) if train_step.scheduler else 1),
-        "criterion": {"name": type(criterion).__name__, **settings(vars(criterion), {"training"})},
+        "criterion": describe_criterion(train_step.criterion),
         "augmentation": {name: plain(getattr(train_loader, name)) for name in AUGMENTATION},
         "network": {"name": type(model).__name__, "arguments": plain(getattr(model, "arguments", {}))},
         "normalisation": {"mean": plain(train_loader.mean), "std": plain(train_loader.std)},
@@ -80,6 +81,16 @@ def describe_scheduler(scheduler: LRScheduler | None, epochs: int, steps: int = 
             "factors": [[round(float(f(steps * epoch)), 9) for epoch in range(epochs)] for f in scheduler.lr_lambdas],
         }
     return {"name": name, **settings(scheduler.state_dict(), LEARNING_RATES)}
+
+
+def describe_criterion(criterion: Callable) -> dict:
+    """Return the loss's name and settings, with its class weights and the modules inside it."""
+    if not isinstance(criterion, nn.Module):  # a function, or functools.partial of one
+        arguments = plain([*getattr(criterion, "args", ()), getattr(criterion, "keywords", {})])
+        return {"name": plain(getattr(criterion, "func", criterion)), "arguments": arguments}
+    parts = {name: describe_criterion(part) for name, part in criterion.named_children()}
+    tensors = {name: plain(tensor) for name, tensor in criterion._buffers.items()}
+    return {"name": type(criterion).__name__, **settings(vars(criterion), {"training"}), **tensors, **parts}
 
 
 def settings(values: dict, without: set[str]) -> dict:

@@ -34,14 +34,14 @@ class Records:
 
     def begin_epoch(self, lr: float) -> None:
         """Start the clock of an epoch that is trained at this learning rate."""
-        self.began, self.lr = time.monotonic(), lr
+        self.began, self.lr = time.monotonic(), float(lr)  # which may be NumPy's or a tensor
 
     def add_epoch(
         self, epoch: int, train_metrics: tuple[float, float], test_metrics: tuple[float, float], next_lr: float
     ) -> dict[str, float]:
         """Add a row of these (loss, accuracy in percent), begin the next epoch, and return the row."""
         names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-        figures = dict(zip(names, (*train_metrics, *test_metrics), strict=True))
+        figures = dict(zip(names, map(float, (*train_metrics, *test_metrics)), strict=True))
         row = {"epoch": epoch, "lr": self.lr, **figures, "seconds": time.monotonic() - self.began}
         self.rows.append(row)
         self.begin_epoch(next_lr)
@@ -85,6 +85,13 @@ class Records:
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "log.csv", text.getvalue().encode())
+
+    def has_record(self) -> bool:
+        """Return whether run.json is of these rows, and not from before the run was extended."""
+        try:
+            return json.loads((self.folder / "run.json").read_text())["epochs"] == self.rows
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def write_record(self, run: dict, figures: dict, device: torch.device, dtype: torch.dtype) -> None:
         """Write run.json: the run, its figures, where it was trained, its epochs."""

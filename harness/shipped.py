@@ -27,12 +27,14 @@ def ship(name: str | Path, run: Path, record_name: str) -> Path:
     """
     if not (run / "run.json").exists():
         raise UserError(f"{run} is not the folder of a finished run; finish it first")
-    content = (run / "run.json").read_bytes()
+    content, checkpoint = (run / "run.json").read_bytes(), read_checkpoint(run / "last.pt")
     records = [path for path in sorted(RESULTS.glob(f"*/{record_name}")) if path.read_bytes() == content]
     records = [path for path in records if not path.parent.name.startswith("mine")]  # which Git ignores
     if not records:
         raise UserError(f"{run / 'run.json'} is not in results/; copy it into one of its folders as {record_name}")
-    record, checkpoint = read_record(records[0]), read_checkpoint(run / "last.pt")
+    record = read_record(records[0])
+    if record["epochs"] != checkpoint["rows"]:
+        raise UserError(f"{run} has been resumed since its record was written; finish it first")
     network = {member: checkpoint[member] for member in MEMBERS} | {
         "flags": checkpoint["recipe"]["flags"],
         "accuracy": record["accuracy"],

@@ -35,6 +35,11 @@ class TrainStep:
         scheduler: LRScheduler | None = None,
     ):
         self.model, self.criterion, self.optimizer, self.scheduler = model, criterion, optimizer, scheduler
+        own = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise UserError(
+                "the optimizer has a parameter that is not the network's; make it one, as only the network is saved"
+            )
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = model
@@ -66,6 +71,17 @@ class TrainStep:
             self.scheduler.step()
         return loss, logits
 
+    def check_logits(self, loader, classes: int) -> None:
+        """Raise UserError if the network does not return a logit for each class."""
+        image = torch.zeros(1, 3, 32, 32, dtype=loader.dtype, device=loader.device)
+        with torch.no_grad(), autocast(image):
+            shape = tuple(self.model.eval()(image).shape)
+        if shape != (1, classes):
+            name = type(self.model).__name__
+            raise UserError(
+                f"{name} returns the shape {shape} for one image, not {1, classes}; pass num_classes=len(data.classes)"
+            )
+
     def check_batch_size(self, batch_size: int, smallest_share: int) -> None:
         """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm cannot train."""
         layers = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -79,7 +95,7 @@ class TrainStep:
     def parameter_names(self) -> list[list[str]]:
         """Return the names of the optimizer's parameters, by group."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [[names.get(id(p), "") for p in group["params"]] for group in self.optimizer.param_groups]
+        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
     def check_state(self, path: Path, checkpoint: dict) -> None:
         """Raise UserError if the checkpoint's optimizer state, which goes by position, is for other parameters.

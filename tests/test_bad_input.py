@@ -36,7 +36,7 @@ def test_mistakes_on_the_command_line(refused, flags, words):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_mistakes_in_every_script(refused, name):
-    assert "--precision fp16 is for GPUs" in refused(name, "--device", "cpu", "--precision", "fp16")
+    assert "--precision fp16 needs CUDA" in refused(name, "--device", "cpu", "--precision", "fp16")
 
 
 @pytest.fixture(scope="module")

@@ -304,6 +304,9 @@ def test_a_transform_draws_anew_for_each_group():
     black = torch.cat([images.flatten(1).max(1).values == images.min() for images, _ in loader])
     assert black.view(-1, GROUP).float().std(1).max() == 0  # one draw a group
     assert 0 < black.float().mean() < 1
+    for unusable in (v2.ToDtype(torch.float32, scale=True), v2.CenterCrop(24)):
+        with pytest.raises(UserError, match="leave out what changes type or size"):
+            next(iter(make_loader(64, batch_size=16, transform=unusable)))
     same, plain = make_loader(64, batch_size=16, transform=torch.nn.Identity()), make_loader(64, batch_size=16)
     assert all(torch.equal(one, other) for (one, _), (other, _) in zip(same, plain, strict=True))
 

@@ -1,6 +1,7 @@
 """The recipe and the name of a run, and the errors that another experiment gets."""
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -11,8 +12,12 @@ import utils
 import pytest
 import torch
 from helpers import R1, R2, R3, R4, ROOT, log
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR
 
-from harness.recipe import first_difference, plain, today
+from harness.files import read_checkpoint
+from harness.recipe import describe_criterion, describe_scheduler, first_difference, plain, today
+from harness.terminal import UserError
 
 # ------------------------------------------------------------------------------------------------ its recipe
 
@@ -243,6 +248,74 @@ def test_a_run_that_could_not_be_resumed_does_not_begin(refused, tmp_path, folde
     path = edited(tmp_path, R4, ("import torch\n", "import numpy as np\nimport torch\n"), (schedule, numpys))
     line = refused(path, "--data", folders, "--batch-size", 30, "--epochs", 1)
     assert "the optimizer has other values than tensors and plain Python ones, and could not be resumed" in line
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_schedule_that_can_no_longer_be_saved_costs_no_earlier_epoch(refused, tmp_path, folders):
+    later = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else np.float64(0.5))"
+    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK)"
+    path = edited(tmp_path, R4, ("import torch\n", "import numpy as np\nimport torch\n"), (schedule, later))
+    line = refused(path, "--data", folders, "--batch-size", 30, "--epochs", 3)
+    assert "the optimizer has other values than tensors and plain Python ones, and could not be resumed" in line
+    assert read_checkpoint(tmp_path / "checkpoints/cifar10_r4/last.pt")["epoch"] == 1
+
+
+def test_a_network_with_other_logits_does_not_begin(refused, tmp_path, folders):
+    path = edited(tmp_path, R1, ("num_classes=len(data.classes)", "num_classes=7"))
+    for flags in (["--epochs", 1], ["--evaluate"]):
+        line = refused(path, "--data", folders, *flags)
+        assert "TutorialCNN returns the shape (1, 7) for one image, not (1, 3); pass num_classes" in line
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_network_may_have_a_mask_of_infinities(script, tmp_path, folders):
+    mask = '    model.register_buffer("mask", torch.full((2, 2), -torch.inf))\n    criterion ='
+    path = edited(tmp_path, R1, ("    criterion =", mask))
+    for epochs in (1, 2):
+        script(path, "--data", folders, "--epochs", epochs, "--resume")
+    assert len(log(tmp_path / "checkpoints/cifar10_r1")) == 2
+
+
+def test_only_the_networks_own_parameters_are_trained():
+    """A loss's parameter would be neither saved nor averaged over processes."""
+    model, other = nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([*model.parameters(), other], lr=0.1)
+    with pytest.raises(UserError, match="the optimizer has a parameter that is not the network's"):
+        utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.float32)
+
+
+class Scaled(nn.Module):
+    """A loss with another inside."""
+
+    def __init__(self, smoothing):
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def test_a_recipe_knows_the_loss():
+    """Each of these losses is told from the others."""
+    smoothed = functools.partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    plain = functools.partial(nn.functional.cross_entropy, label_smoothing=0.2)
+    weighted = [nn.CrossEntropyLoss(weight=torch.tensor(weight)) for weight in ([1.0, 2.0], [1.0, 3.0])]
+    functions = [nn.functional.cross_entropy, nn.functional.nll_loss]
+    losses = [*functions, smoothed, plain, *weighted, nn.CrossEntropyLoss(), Scaled(0.1), Scaled(0.2)]
+    recipes = [{"criterion": describe_criterion(loss)} for loss in losses]
+    for i, one in enumerate(recipes):
+        assert json.loads(json.dumps(one)) == one
+        for other in recipes[:i]:
+            assert first_difference(one, other, set())
+        assert not first_difference(one, one, set())
+
+
+def test_a_learning_rate_may_change_with_any_schedule():
+    rates = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=0.9) for lr in (0.1, 0.2)]
+    for make in (
+        lambda optimizer, lr: CyclicLR(optimizer, lr / 10, lr),
+        lambda optimizer, lr: OneCycleLR(optimizer, lr, total_steps=9),
+        lambda optimizer, lr: CosineAnnealingLR(optimizer, 9),
+    ):
+        one, other = (describe_scheduler(make(rate, rate.param_groups[0]["lr"]), 9) for rate in rates)
+        assert one == other
 
 
 # ------------------------------------------------------------------------------------------------- held out

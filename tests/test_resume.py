@@ -230,9 +230,14 @@ def test_an_earlier_run_is_taken_up_again(script, tmp_path, folders):
 def test_a_longer_run_has_a_new_record(script, tmp_path, folders):
     flags = [R1, "--data", folders, "--resume", "--epochs"]
     record = tmp_path / "checkpoints/cifar10_r1/run.json"
+    kept = {}
     for epochs in (1, 2):
         script(*flags, epochs)
-        assert len(json.loads(record.read_text())["epochs"]) == epochs
+        kept[epochs] = record.read_text()
+        assert len(json.loads(kept[epochs])["epochs"]) == epochs
+    record.write_text(kept[1])  # as if the process had been killed after its last save
+    script(*flags, 2)
+    assert len(json.loads(record.read_text())["epochs"]) == 2
 
 
 def test_a_finished_runs_record_stays(script, tmp_path, folders):

@@ -21,6 +21,7 @@ from harness.data import load_data
 from harness.devices import choose_device, choose_precision
 from harness.files import read_checkpoint
 from harness.synthetic import SHAPES
+from harness.terminal import UserError
 
 EPOCH = re.compile(
     r"epoch:(\d+)/\d+ train loss:\d+\.\d{3}, accuracy:\d+\.\d{3}, test loss:\d+\.\d{3}, accuracy:(\S+), saved.*"
@@ -385,6 +386,8 @@ def test_auto_is_the_best_device_and_its_fastest_precision(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert choose_device("auto").type == expected
     assert choose_precision("auto", torch.device("mps")) == "fp32"
+    with pytest.raises(UserError, match="--precision fp16 needs CUDA"):
+        choose_precision("fp16", torch.device("mps"))
     for has_it in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
