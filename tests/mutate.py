@@ -92,7 +92,11 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     # checkpoints, folder, files, records
     ("harness/checkpoints.py", "is_best = row is self.records.best_row()", "is_best = True", "test_resume.py", "best"),
     ("harness/checkpoints.py", "            self.restore_best(checkpoint)\n", "", "test_resume.py", "best"),
-    ("harness/checkpoints.py", "        self.run_folder.check()\n        weights", "        weights", "test_faults.py", "goes"),
+    ("harness/checkpoints.py", "        self.run_folder.check()\n        self.check_settings()  # again",
+     "        self.check_settings()  # again", "test_faults.py", "goes"),
+    ("harness/checkpoints.py", "        self.check_settings()  # again", "        #", "test_recipe.py", "costs no earlier"),
+    ("harness/checkpoints.py", "        self.check_settings()\n        #", "        #", "test_recipe.py", "does not begin"),
+    ("harness/records.py", '["epochs"] == self.rows', '["epochs"]', "test_resume.py", "longer"),
     ("harness/checkpoints.py", "self.args.epochs + 1)", "self.args.epochs)", "test_scripts.py", "record"),
     ("harness/checkpoints.py", "epoch < recipe.get(", "epoch > recipe.get(", "test_resume.py", "r3"),
     ("harness/checkpoints.py", "if self.last_is_whole else None", "if False else None", "test_scripts.py", "damaged"),
