@@ -59,8 +59,6 @@ class Checkpoints:
         self.records = Records(self.folder, images, args.tensorboard)
         self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
-        # The weights and buffers that must stay finite. A mask, for example, may hold infinities.
-        self.finite = [name for name, tensor in self.model.state_dict().items() if tensor.isfinite().all()]
         self.script = describe_script()  # now, as the file may be edited during the run
         self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
 
@@ -97,6 +95,7 @@ class Checkpoints:
         path, checkpoint = read_first_whole(paths) if paths else (None, None)
         if checkpoint:
             self.resume(path, checkpoint)
+        self.finite_weights("before training; a mask of infinities belongs into a buffer with persistent=False")
         self.check_settings()
         # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
         # file given by name, it gets a new folder, and the earlier folder is renamed.
@@ -114,6 +113,13 @@ class Checkpoints:
         self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
         handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
         return checkpoint["epoch"] if checkpoint else 0
+
+    def finite_weights(self, advice: str) -> dict[str, torch.Tensor]:
+        """Return the network's weights and buffers. If one is not finite, raise UserError with this advice."""
+        weights = self.model.state_dict()
+        if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
+            raise UserError(f"the weights are not finite {advice}")
+        return weights
 
     def check_settings(self) -> None:
         """Raise UserError if a file with the network and the settings of optimizer and schedule could not be read."""
@@ -262,9 +268,7 @@ class Checkpoints:
             return
         self.run_folder.check()
         self.check_settings()  # again, as a schedule may have changed them
-        weights = self.model.state_dict()
-        if not torch.stack([weights[name].isfinite().all() for name in self.finite]).all():
-            raise UserError(f"the weights are not finite after epoch {epoch}; use a lower --lr")
+        weights = self.finite_weights(f"after epoch {epoch}; use a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}

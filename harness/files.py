@@ -117,8 +117,8 @@ def check_members(checkpoint: object) -> None:
     if type(epoch) is not int or epoch < 1 or not isinstance(accuracy, int | float):
         raise ValueError(f"its epoch is {epoch!r}, its accuracy {accuracy!r}")
     for name, tensor in checkpoint["weights"].items():
-        if not isinstance(tensor, torch.Tensor) or tensor.isnan().any():
-            raise ValueError(f"its weights {name} are not numbers")
+        if not isinstance(tensor, torch.Tensor) or not tensor.isfinite().all():
+            raise ValueError(f"its weights {name} are not finite numbers")
     if "rows" in checkpoint:
         rows, columns = checkpoint["rows"], {"epoch", "lr", "train_loss", "test_accuracy", "seconds"}
         if not rows or not all(isinstance(row, dict) and row.keys() >= columns for row in rows):

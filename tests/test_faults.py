@@ -326,8 +326,8 @@ def test_members_of_another_type_are_refused(last, tmp_path):
         ({"recipe": {}}, "its recipe does not name its run and data"),
         ({"classes": "cat"}, "its classes is a str, not a list"),
         ({"optimizer": None}, "its optimizer is a NoneType, not a dict"),
-        ({"weights": {"a": torch.tensor([1, torch.nan])}}, "its weights a are not numbers"),
-        ({"weights": {"a": 1}}, "its weights a are not numbers"),
+        ({"weights": {"a": torch.tensor([1, torch.nan])}}, "its weights a are not finite numbers"),
+        ({"weights": {"a": 1}}, "its weights a are not finite numbers"),
     ):
         torch.save(checkpoint | changes, path)
         with pytest.raises(DamagedCheckpoint, match=r"changed\.pt is damaged or not a checkpoint") as error:
@@ -338,10 +338,10 @@ def test_members_of_another_type_are_refused(last, tmp_path):
 def test_weights_that_are_not_finite_are_not_tested(refused, last, folders):
     checkpoint = torch.load(last, weights_only=True)
     for tensor in checkpoint["weights"].values():
-        tensor.fill_(torch.nan)
+        tensor.fill_(torch.inf)
     torch.save(checkpoint, last)
-    assert "are not numbers" in refused(R1, "--data", folders, "--evaluate")
-    assert "are not numbers" in refused("predict.py", folders / "test/cat/0000.png", "--checkpoint", last)
+    assert "are not finite numbers" in refused(R1, "--data", folders, "--evaluate")
+    assert "are not finite numbers" in refused("predict.py", folders / "test/cat/0000.png", "--checkpoint", last)
 
 
 def break_a_weight():

@@ -268,9 +268,13 @@ def test_a_network_with_other_logits_does_not_begin(refused, tmp_path, folders):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_network_may_have_a_mask_of_infinities(script, tmp_path, folders):
-    mask = '    model.register_buffer("mask", torch.full((2, 2), -torch.inf))\n    criterion ='
-    path = edited(tmp_path, R1, ("    criterion =", mask))
+def test_a_network_may_have_a_mask_of_infinities(script, refused, tmp_path, folders):
+    mask = '    model.register_buffer("mask", torch.full((2, 2), -torch.inf){})\n    criterion ='
+    path = edited(tmp_path, R1, ("    criterion =", mask.format("")))
+    line = refused(path, "--data", folders, "--epochs", 1)
+    assert "not finite before training; a mask of infinities belongs into a buffer with persistent=False" in line
+    assert not (tmp_path / "checkpoints").exists()
+    path = edited(tmp_path, R1, ("    criterion =", mask.format(", persistent=False")))
     for epochs in (1, 2):
         script(path, "--data", folders, "--epochs", epochs, "--resume")
     assert len(log(tmp_path / "checkpoints/cifar10_r1")) == 2
