@@ -179,8 +179,8 @@ def share(number: int, args: argparse.Namespace) -> dict[str, str]:
     """Return a worker's environment variables: its GPU, or its share of the CPU's threads."""
     if args.jobs == 1:
         return {}
-    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
-    if gpus:
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         return {"CUDA_VISIBLE_DEVICES": visible[number % gpus]}
     return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // args.jobs))}

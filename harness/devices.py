@@ -21,7 +21,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver it counts all the same
+    count = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
     return device

@@ -54,7 +54,7 @@ def test_alternatives_are_compared_with_the_limit():
 
 @pytest.mark.parametrize("name, alternative", ALTERNATIVES.items())
 def test_an_alternative_is_of_a_script(name, alternative):
-    assert any(word in command for word in alternative.words for command in IMAGES)
+    assert all(any(word in command for command in IMAGES) for word in alternative.words)
 
 
 def test_a_script_is_measured_as_it_trains(monkeypatch):

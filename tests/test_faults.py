@@ -27,7 +27,7 @@ from harness.terminal import UserError
 def test_killed_anywhere(start, script, tmp_path, kills):
     """Kills come at random moments, mostly in or near a save. What was reported as saved is there, nothing piles up."""
     write_images(tmp_path / "data", train=8, test=4)
-    flags = ["--epochs", 8 * kills, "--resume", "--checkpoints"]  # more than can be done before the last kill
+    flags = ["--epochs", 30 * kills, "--resume", "--checkpoints"]  # more than can be done before the last kill
     script(R1, *flags, "whole")
     whole, parts = tmp_path / "whole/cifar10_r1", tmp_path / "parts/cifar10_r1"
     stdout = output(tmp_path, "stdout")

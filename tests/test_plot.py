@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import R1, R2, ROOT, write_images
+from helpers import R1, ROOT, write_images
 from PIL import Image
 
 import plot
@@ -108,13 +108,6 @@ def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/log.csv").write_text("epoch,lr\n1,one\n")
     assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other, data=folders).split())
-
-
-@pytest.mark.long
-def test_resumed_run_draws_its_whole_log(script, tmp_path, folders):
-    script(R2, "--data", folders, "--epochs", 1)
-    script(R2, "--data", folders, "--epochs", 2, "--resume")
-    assert [row["epoch"] for row in plot.read_log(tmp_path / "checkpoints/cifar10_r2")] == [1, 2]
 
 
 def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, monkeypatch):

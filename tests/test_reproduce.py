@@ -171,7 +171,7 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
     for seed in range(3):
         epochs = re.findall(rf"r1, seed {seed}: epoch:(\d+)/26 ", out)
         assert epochs == [str(epoch) for epoch in range(27 - len(epochs), 27)]
-    assert re.search("r1, seed 0: resuming .* after epoch [4-9]", out)
+    assert int(re.search(r"r1, seed 0: resuming .* after epoch (\d+)", out)[1]) >= 4
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags[flags.index("--jobs") + 1] = 1
     script("reproduce.py", *flags, "--checkpoints", "again", "--results", "again-results")
@@ -227,11 +227,12 @@ def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):
         return [reproduce.share(number, argparse.Namespace(jobs=jobs, device=device)) for number in range(jobs)]
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the driver is too old
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert shares(1) == [{}] and shares(3) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert shares(9)[8] == {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(3)] == ["0", "1", "0"]
     assert shares(2, device="cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")

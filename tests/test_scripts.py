@@ -380,11 +380,13 @@ def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
 
 
 def test_auto_is_the_best_device_and_its_fastest_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # it also counts a GPU whose driver is too old
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda cuda=cuda: int(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert choose_device("auto").type == expected
+    with pytest.raises(UserError, match="--device cuda: this machine or this build of PyTorch has none"):
+        choose_device("cuda")
     assert choose_precision("auto", torch.device("mps")) == "fp32"
     with pytest.raises(UserError, match="--precision fp16 needs CUDA"):
         choose_precision("fp16", torch.device("mps"))
