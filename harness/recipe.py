@@ -116,7 +116,9 @@ def plain(value: object, without: set[str] = frozenset()) -> object:
         return plain(value.tolist())
     if callable(value) and not isinstance(value, nn.Module):
         value = getattr(value, "__qualname__", value)
-    return re.sub(r" at 0x\w+", "", str(value))  # an address differs from process to process
+    text = re.sub(r" at 0x\w+", "", str(value))  # an address differs from process to process
+    # as newer versions of torchvision write it, in the text of a transform
+    return re.sub(r"InterpolationMode\.(\w+)", lambda found: found[1].lower(), text)
 
 
 def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:

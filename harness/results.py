@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness.recipe import first_difference
 from harness.statistics import Difference, difference, interval
 from harness.terminal import UserError
 
@@ -79,12 +80,13 @@ def summary(records: list[dict]) -> str:
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     Raises UserError if the records are of different recipes.
     """
-    recipes = [(len(record["epochs"]), *map(record["recipe"].get, ("data", "constants"))) for record in records]
-    if any(recipe != recipes[0] for recipe in recipes):
-        raise UserError(
-            f"records of {records[0]['run']} and its other seeds differ in data, epochs or constants, so they have no "
-            "common mean; move one kind into another folder"
-        )
+    recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
+    for recipe in recipes[1:]:
+        if differing := first_difference(recipe, recipes[0], {"seed"}):
+            raise UserError(
+                f"the records of {records[0]['run']} and its other seeds have no common mean: one has {differing}; "
+                "move one kind into another folder"
+            )
     values = [record["accuracy"] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""

@@ -24,9 +24,9 @@ ROOMS = {  # in order, with the rooms that each may import
     "jobs": "terminal",
     "cluster": "terminal jobs",
     "statistics": "",
-    "results": "terminal statistics",
-    "shipped": "terminal files results",
     "recipe": "terminal files",
+    "results": "terminal statistics recipe",
+    "shipped": "terminal files results",
     "folder": "terminal files",
     "checkpoints": "terminal files processes operations recipe records folder",
 }

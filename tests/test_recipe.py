@@ -14,6 +14,7 @@ import torch
 from helpers import R1, R2, R3, R4, ROOT, log
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR
+from torchvision.transforms import v2
 
 from harness.files import read_checkpoint
 from harness.recipe import describe_criterion, describe_scheduler, first_difference, plain, today
@@ -128,6 +129,8 @@ def test_plain_values():
     expected = {"a": [1, 2.5], "3": ["x", "y"], "t": [1.0, 1.0], "f": "GELU", "n": None, "m": "ReLU()"}
     assert plain(value) == json.loads(json.dumps(plain(value))) == expected
     assert plain(object()) == plain(object())  # no address
+    older = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.NEAREST)  # its text in older torchvisions
+    assert plain(older) == plain(v2.TrivialAugmentWide())
 
 
 # -------------------------------------------------------------------------------------------------- its name

@@ -390,16 +390,28 @@ def test_a_row_without_a_mean_does_not_hide_the_others():
     other = record | {"recipe": record["recipe"] | {"data": "other"}}
     table = comparison({"r1": 60, "r2": 75}, {"mine": {"r1": [record, other], "r2": [record]}}).splitlines()
     assert [line.split()[-1] for line in table[1:3]] == ["mean", f"{record['accuracy']:.1f}"]
-    assert table[3].startswith("records of cifar10_r1 and its other seeds differ in data, epochs or constants")
+    line = "the records of cifar10_r1 and its other seeds have no common mean: one has --data other, this one has 820"
+    assert table[3].startswith(line)
 
 
 def test_the_summary_of_several_seeds():
-    recipe = {"run": "cifar10_r1", "recipe": {"constants": {"LR": 0.1}}, "epochs": [1, 2]}
-    records = [recipe | {"accuracy": accuracy} for accuracy in (67.0, 68.0, 69.0)]
+    recipe = {"data": "a", "constants": {"LR": 0.1, "EPOCHS": {"plain": 2}}, "augmentation": {"flip": True}}
+    run = {"run": "cifar10_r1", "epochs": [1, 2]}
+    records = [
+        run | {"accuracy": 67.0 + seed, "recipe": recipe | {"seed": seed, "epochs": epochs}}
+        for seed, epochs in enumerate((1, 2, 2))  # the first run was extended
+    ]
     assert summary(records) == "68.0 ± 1.0 (n = 3) [65.52, 70.48]"
     assert summary(records[:1]) == "67.0" and summary([]) == ""
-    for other in ({"recipe": {"constants": {"LR": 0.2}}}, {"recipe": {"data": "x"}}, {"epochs": [1, 2, 3]}):
-        with pytest.raises(UserError, match="cifar10_r1 and its other seeds differ in data, epochs or constants"):
+    of_another_row = recipe | {"constants": {"LR": 0.1, "EPOCHS": {"plain": 2, "flip": 9}}}
+    assert "n = 4" in summary([*records, records[0] | {"recipe": of_another_row}])
+    for other, words in (
+        ({"recipe": recipe | {"constants": {"LR": 0.2}}}, "LR 0.2, this one has 0.1"),
+        ({"recipe": recipe | {"data": "b"}}, "--data b, this one has a"),
+        ({"recipe": recipe | {"augmentation": {"flip": False}}}, "augmentation flip False, this one has True"),
+        ({"epochs": [1, 2, 3]}, "--epochs 3, this one has 2"),
+    ):
+        with pytest.raises(UserError, match=f"cifar10_r1 and its other seeds have no common mean: one has {words}"):
             summary([*records, records[0] | other])
 
 
