@@ -73,7 +73,7 @@ class Checkpoints:
         epochs_done = self.begin() if RANK == 0 else None
         if WORLD_SIZE > 1:
             parts = {"model": self.model} | self.resumed_parts
-            state = {name: part.state_dict() for name, part in parts.items()}
+            state = {name: part.state_dict() for name, part in parts.items()} if RANK == 0 else None
             epochs_done, state = broadcast((epochs_done, state), self.loader.device)
             for name, part in parts.items():
                 if RANK > 0 and state[name]:

@@ -163,7 +163,7 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
         if was == now or (lacking and not (was or now)):  # a new setting that is off is no difference
             continue
         label = {"constants": names[-1], "flags": f"--{names[-1]}"}.get(names[0], " ".join(names))
-        if len(names) == 1:
+        if len(names) == 1 and label != "run":
             label = f"--{label}"
         return f"{label.replace('_', '-') if label[0] == '-' else label} {shorten(was)}, this one has {shorten(now)}"
     return None

@@ -43,8 +43,6 @@ class TrainStep:
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = model
-        if WORLD_SIZE > 1:  # utils.train broadcasts the buffers after each epoch
-            self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         self.steps, self.graphs = 0, {}
         if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
             # A first step that the scaler skips would leave the fused optimizer's buffers uninitialised.
@@ -60,6 +58,9 @@ class TrainStep:
         On CUDA the next call overwrites both.
         weight: the weight of this process's loss, see Loader.weights.
         """
+        if WORLD_SIZE > 1 and self.forward is self.model:  # not before the processes' recipes have been compared
+            self.forward = DistributedDataParallel(self.model)
+            self.forward.broadcast_buffers = False  # utils.train does, once an epoch. As an argument it warns
         self.steps += 1
         if images.is_cuda and self.steps > self.WARM_UP and WORLD_SIZE == 1:
             loss, logits = self.replay(images, labels)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import R1, R2, ROOT, log, weights, write_images
+from helpers import R1, R2, R4, R5, ROOT, log, weights, write_images
 
 import harness.loader
 from harness.data import load_data
@@ -51,7 +51,7 @@ def torchrun(tmp_path):
     def run(processes, name, *flags, status=0):
         process = begin(tmp_path, f"--standalone --nproc-per-node={processes}", name, *flags)
         stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == status, stderr
+        assert process.returncode == status and "Warning" not in stderr, stderr
         return stdout if status == 0 else stderr
 
     return run
@@ -100,6 +100,19 @@ def test_the_network_that_is_tested_is_the_one_that_is_saved(torchrun, tmp_path,
     assert float(log(folder)[0]["test_loss"]) == pytest.approx(loss, rel=1e-4)
 
 
+def test_processes_resume_alike(torchrun, tmp_path, data):
+    """The optimizer's state and the schedule, which r5 steps after each batch, go on in every process."""
+    flags = [R5, "--batch-size", 32, "--epochs", 3, "--precision", "fp32"]
+    torchrun(2, *flags)
+    folder = tmp_path / "checkpoints/cifar10_r5"
+    before, whole = log(folder), weights(folder / "last.pt")
+    (folder / "last.previous.pt").replace(folder / "last.pt")  # as if interrupted in the last epoch
+    assert "after epoch 2\n" in torchrun(2, *flags, "--resume")
+    after = weights(folder / "last.pt")
+    assert all(torch.equal(after[key], whole[key]) for key in whole)
+    assert log(folder)[-1]["test_loss"] == before[-1]["test_loss"]
+
+
 def test_a_mistake_is_said_once(torchrun, data):
     line = "cifar10_r1.py: error: no checkpoints/cifar10_r1/last.pt to evaluate; train this run first, or name a file"
     assert torchrun(2, R1, "--evaluate", status=1).count(line) == 1
@@ -118,11 +131,14 @@ def test_too_few_images_for_the_processes(monkeypatch):
 
 
 def test_processes_of_different_experiments_do_not_train_together(tmp_path, data):
-    nodes = two_nodes(tmp_path, ["--seed", "0"], ["--seed", "1"])
-    errors = [node.communicate(timeout=120)[1] for node in nodes]
-    assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "checkpoints").exists()
-    line = "process 1 was started with --seed 1, this one has 0; start all with the same command\n"
-    assert line in errors[0] + errors[1]
+    for name, flags, other, words in (
+        (R1, ["--seed", "0"], ["--seed", "1"], "--seed 1, this one has 0;"),
+        (R4, [], ["--stem", "cifar"], "run cifar10_r4-cifar, this one has cifar10_r4;"),  # networks of other shapes
+    ):
+        nodes = two_nodes(tmp_path, flags, other, name=name)
+        errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
+        assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "checkpoints").exists()
+        assert f"process 1 was started with {words} start all with the same command\n" in errors, errors
 
 
 def children(process):
@@ -148,14 +164,14 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
     assert torch.load(last, weights_only=True)["epoch"] == 200
 
 
-def two_nodes(tmp_path, *flags, restarts=0):
-    """Start r1 with these flags on two nodes and return their processes. flags: two lists if the nodes differ."""
+def two_nodes(tmp_path, *flags, name=R1, restarts=0):
+    """Start a script with these flags on two nodes and return their processes. flags: two lists if the nodes differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
     own_flags = flags if isinstance(flags[0], list) else [flags, flags]
-    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", R1, *own) for own in own_flags]
+    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", name, *own) for own in own_flags]
 
 
 def test_two_nodes_go_on_after_one_lost_its_process(tmp_path, data):
