@@ -5,7 +5,6 @@ changes is in harness/, one topic a module.
 """
 
 import argparse
-from collections.abc import Callable
 
 from harness.terminal import UserError, run
 
@@ -61,27 +60,22 @@ def dataloaders(
     device: torch.device,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    flip: bool | str = False,
-    crop: int = 0,
-    reflect: bool = False,
-    cutout: int = 0,
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **augmentation,
 ) -> tuple[Data, Loader, Loader]:
     """Load `args.data` and return the dataset, its training loader and its test loader.
 
     With `args.holdout`, a tenth of the training images replaces the test images.
 
-    mean, std: of each channel, for pixel values from 0 to 1. flip, crop, reflect, cutout, transform: see Loader.
-    Raises UserError if the dataset cannot be read, or the device does not support the precision.
+    mean, std: of each channel, for pixel values from 0 to 1. augmentation: flip, crop, reflect, cutout and transform of
+    Loader. Raises UserError if the dataset cannot be read, or the device does not support the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)
     if args.holdout:
         data = data.hold_out()
     common = {"mean": mean, "std": std, "device": device, "dtype": DTYPES[precision]}
-    augmentation = {"training": True, "seed": args.seed, "flip": flip, "crop": crop, "cutout": cutout}
-    augmentation |= {"reflect": reflect, "transform": transform}
-    train_loader = Loader(data.train_images, data.train_labels, args.batch_size, **augmentation, **common)
+    order = {"training": True, "seed": args.seed}
+    train_loader = Loader(data.train_images, data.train_labels, args.batch_size, **order, **augmentation, **common)
     test_loader = Loader(data.test_images, data.test_labels, TEST_BATCH_SIZE, **common)
     images = f"{len(data.train_labels)} training and {len(data.test_labels)} {data.tested_on} images"
     print(f"{images} of {len(data.classes)} classes ({data.source}), on {device} in {precision}", flush=True)

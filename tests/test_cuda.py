@@ -46,7 +46,8 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
     torch.manual_seed(0)
     model = model().to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=True)
-    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, DTYPES[precision])
+    scheduler = utils.triangular_schedule(optimizer, epochs * len(loader), 0.5)
+    step = utils.TrainStep(model, nn.CrossEntropyLoss(), optimizer, DTYPES[precision], scheduler)
     step.WARM_UP = warm_up
     for epoch in range(1, epochs + 1):
         utils.train(step, loader, epoch)
@@ -55,7 +56,10 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
 
 @pytest.mark.parametrize("model, precision", [(ResNet18, "bf16"), (ResNet18, "fp32"), (MobileNetV2, "fp16")])
 def test_a_captured_step_is_the_step(monkeypatch, model, precision):
-    """The weights are the same to the last bit, with dropout and the scaler's skipped steps, in little more memory."""
+    """The weights are the same to the last bit, in little more memory.
+
+    That is with dropout, a learning rate that changes, and the scaler's skipped steps.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     weights, memory = [], []
     for warm_up in (10**9, utils.TrainStep.WARM_UP):
@@ -68,6 +72,19 @@ def test_a_captured_step_is_the_step(monkeypatch, model, precision):
         del step
     assert torch.equal(*weights)
     assert memory[1] < 1.5 * memory[0]
+
+
+def test_every_device_draws_alike():
+    data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
+    common = {"mean": mean, "std": mean, "dtype": torch.float32, "training": True}
+    common |= {"flip": "alternating", "crop": 4, "reflect": True, "cutout": 8}
+    ours, theirs = (
+        Loader(data.train_images, data.train_labels, 128, device=device, **common)
+        for device in (CUDA, torch.device("cpu"))
+    )
+    for (images, labels), (expected_images, expected_labels) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(images.cpu(), expected_images)
+        assert torch.equal(labels.cpu(), expected_labels)
 
 
 def test_nothing_waits_for_the_gpu_inside_an_epoch(monkeypatch):

@@ -172,7 +172,7 @@ def loaders():
     return Loader(images, labels, 16, training=True, flip=True, **common), Loader(images, labels, 16, **common)
 
 
-def test_every_epoch_draws_anew(loaders):
+def test_every_epoch_and_process_draws_anew(loaders, monkeypatch):
     model, seen = Watcher(), []
 
     def step(images, labels, weight):
@@ -180,14 +180,15 @@ def test_every_epoch_draws_anew(loaders):
         return torch.tensor(1.0), model(images)
 
     train_step = type("Step", (), {"model": model, "__call__": staticmethod(step)})()
-    for epoch in (1, 2, 1):
+    for epoch, rank in ((1, 0), (2, 0), (1, 0), (1, 1)):
+        monkeypatch.setattr(utils, "RANK", rank)
         utils.train(train_step, loaders[0], epoch)
-    first, second, again = seen[:4], seen[4:8], seen[8:]
+    first, second, again = seen[:4], seen[4:8], seen[8:12]
     for epoch in (first, second):
         assert sorted(number for batch in epoch for number in batch) == list(range(64))
     assert first == again != second  # the order
-    draws = [torch.cat(model.draws[i : i + 4]) for i in (0, 4, 8)]
-    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])  # the dropout
+    one, other, same, of_rank_1 = (torch.cat(model.draws[i : i + 4]) for i in (0, 4, 8, 12))
+    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, of_rank_1)  # the dropout
     assert all(model.modes)
 
 
