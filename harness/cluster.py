@@ -60,6 +60,8 @@ def run_on_cluster(
         while names:
             done, _ = ray.wait([*names], timeout=POLL_SECONDS)
             for name, line in lines.get_nowait_batch(lines.qsize()):
+                if name not in names.values():  # a machine that was taken for lost is still at a finished task
+                    continue
                 if name not in numbers:
                     numbers[name] = next(n for n in itertools.count() if n not in numbers.values())
                 report(by_name[name], numbers[name], line)

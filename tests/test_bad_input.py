@@ -16,18 +16,8 @@ from PIL import Image
     "flags, words",
     [
         ("--epochs 0", "argument --epochs: '0' is not a whole number of 1 or more"),
-        ("--epochs -3", "argument --epochs: "),
-        ("--batch-size 1e3", "argument --batch-size: '1e3' is not"),
-        ("--batch-size 99999999999", "argument --batch-size: '99999999999' is not"),
-        ("--lr -0.1", "argument --lr: "),
-        ("--lr inf", "argument --lr: 'inf' is not a positive number"),
-        ("--seed 1.5", "argument --seed: '1.5' is not"),
         ("--device cuda:99", "--device cuda:99: this machine"),
         ("--device gpu", "--device 'gpu' is not one of"),
-        ("--precision int8", "argument --precision: invalid choice: 'int8'"),
-        ("--resume --evaluate", "not allowed with argument"),
-        ("--epoch 3", "unrecognized arguments: --epoch"),
-        ("--data", "argument --data: expected one argument"),
     ],
 )
 def test_mistakes_on_the_command_line(refused, flags, words):
