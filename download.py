@@ -1,4 +1,4 @@
-"""Download, check and unpack CIFAR-10 without training, on a machine that has a network, say a login node.
+"""Download, check and unpack CIFAR-10 without training, on a machine with internet access, such as a login node.
 
 python download.py               # into the folder data
 python download.py --data DIR
