@@ -131,8 +131,6 @@ def baseline(script: Prepared, data: Data, training: bool) -> Round:
         augmentation.append(transforms.RandomCrop(32, padding=loader.crop, padding_mode=mode))
     if loader.flip:
         augmentation.append(transforms.RandomHorizontalFlip())
-    if loader.transform:
-        augmentation.append(loader.transform)
     transform = transforms.Compose(
         [*augmentation, transforms.ToTensor(), transforms.Normalize(loader.mean, loader.std)]
     )

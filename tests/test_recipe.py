@@ -47,7 +47,7 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
         (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
         (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
-        (('"flip": True', '"flip": False'), "augmentation flip True, this one has False;"),
+        (("flip=True", "flip=False"), "augmentation flip True, this one has False;"),
         (
             ("utils.triangular_schedule(optimizer, args.epochs, PEAK)", cosine),
             "scheduler name LambdaLR, this one has C",
@@ -213,7 +213,7 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
             '    parser.add_argument("--no-crop", action="store_false", dest="crop")\n'
             "    args = parser.parse_args()\n",
         ),
-        ('"crop": 4, "cutout": CUTOUT', '"crop": 4 * args.crop, "cutout": args.cutout'),
+        ("crop=4, cutout=CUTOUT", "crop=4 * args.crop, cutout=args.cutout"),
         ("label_smoothing=LABEL_SMOOTHING", 'label_smoothing=LABEL_SMOOTHING if args.loss == "smooth" else 0'),
     ).rename(tmp_path / "cifar10_r9.py")
     flags = ["--data", folders, "--batch-size", 30, "--epochs", 2, "--cutout", 4, "--loss", "plain", "--no-crop"]

@@ -47,10 +47,6 @@ MUON = {
     "optimizer.group1.momentum": "SGD_MOMENTUM", "optimizer.group2.momentum": "SGD_MOMENTUM",
     "optimizer.group0.weight_decay": 0, "decay": "DECAY",
 }  # fmt: skip
-MORE = {  # against overfitting
-    "augmentation.flip": "alternating", "augmentation.reflect": True,
-    "augmentation.transform": "TrivialAugmentWide(interpolation=nearest, num_magnitude_bins=31)",
-}  # fmt: skip
 NO_MULTIPLE = {name: value for name, value in EVERY.items() if name != "optimizer.lr_multiple"}
 HANDED_OVER = {  # by command line: a value of the recipe, or the constant that it must equal
     R1: EVERY | SGD | TUTORIAL | {"augmentation.flip": False, "augmentation.crop": 0, "precision": "PRECISION"},
@@ -61,10 +57,10 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     R4: EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
         "epochs": "EPOCHS.imagenet", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "imagenet"
     },
-    f"{R4} --stem cifar": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | MORE | {
+    f"{R4} --stem cifar": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
         "epochs": "EPOCHS.cifar", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "cifar"
     },
-    f"{R4} --stem cifar-nopool": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | MORE | {
+    f"{R4} --stem cifar-nopool": EVERY | SGD | OWN | RESNET | TRIANGLE | SMOOTH | {
         "epochs": "EPOCHS.cifar-nopool", "augmentation.cutout": "CUTOUT", "network.arguments.stem": "cifar-nopool"
     },
     R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain"},
