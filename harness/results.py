@@ -80,7 +80,8 @@ def summary(records: list[dict]) -> str:
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     Raises UserError if the records are of different recipes.
     """
-    recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
+    sections = dict.fromkeys(name for record in records for name in record["recipe"])  # early records lack some
+    recipes = [sections | record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
     for recipe in recipes[1:]:
         if differing := first_difference(recipe, recipes[0], {"seed"}):
             raise UserError(

@@ -217,6 +217,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folde
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 or more"),
         (["--epochs", "-3"], "argument --epochs: '-3' is not a whole number of 1 or more"),
         (["--epochs", "two"], "argument --epochs: 'two'"),
         (["--batch-size", "-4"], "argument --batch-size: '-4'"),
@@ -225,10 +226,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folde
         (["--batch-size", "9" * 400], "argument --batch-size: '99"),
         (["--lr", "nan"], "argument --lr: 'nan' is not a positive number"),
         (["--lr", "0"], "argument --lr: '0'"),
+        (["--lr", "-0.1"], "argument --lr: '-0.1'"),
         (["--lr", "inf"], "argument --lr: 'inf' is not a positive number"),
         (["--seed", "-1"], "argument --seed: '-1'"),
         (["--seed", "1.5"], "argument --seed: '1.5' is not"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+        (["--flop"], "unrecognized arguments: --flop"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--data"], "argument --data: expected one argument"),
         (["--resume", "--evaluate"], "not allowed with argument"),
