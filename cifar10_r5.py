@@ -17,7 +17,7 @@ from models import SixViews, WhitenedCNN
 
 EPOCHS = {"plain": 11, "tta": 8}
 BATCH_SIZE = 2000
-LR = 0.24  # of the convolutions, whose steps are equally large in every direction
+LR = 0.24  # of the convolutions; Muon makes their steps equally large in every direction
 MOMENTUM = 0.6
 BIAS_RATE, HEAD_RATE = 440, 5600  # times LR; airbench's are 2000 times lower, as it sums the loss over a batch
 SGD_MOMENTUM = 0.85
@@ -51,7 +51,7 @@ def main():
     optimizer = utils.Muon(groups, lr=args.lr, momentum=MOMENTUM, dtype=train_loader.dtype)
     scheduler = utils.triangular_schedule(optimizer, args.epochs * len(train_loader), PEAK)
     train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype, scheduler)  # stepped after each batch
-    tested = SixViews(model) if args.tta else model
+    tested = SixViews(model) if args.tta else model  # in the last epoch only, as it takes six times as long
 
     checkpoints = utils.Checkpoints(args, data, train_loader, train_step, scheduler)
     for epoch in checkpoints.epochs_left():

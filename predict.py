@@ -32,7 +32,7 @@ from harness.files import read_checkpoint, write_atomically
 from harness.shipped import shipped_file
 
 BATCH_SIZE = 100  # so any number of pictures fits into memory
-DEFAULT = "mobilenetv2"  # the network in checkpoints/ that is used if none is named
+DEFAULT = "r5"  # the network in checkpoints/ that is used if none is named
 
 
 class Classifier(nn.Module):

@@ -104,6 +104,10 @@ class Job(NamedTuple):
         """Return whether the record exists."""
         return self.record.exists() and read_record(self.record) is not None
 
+    def has_run(self) -> bool:
+        """Return whether the folder holds the complete run, which another row can continue."""
+        return all((self.folder / name).exists() for name in ("last.pt", "run.json"))
+
     def outcome(self) -> str:
         """Return the finished job's accuracy as text, and whether its script has been changed since."""
         record, script = read_record(self.record), ROOT / ROWS[self.name].command.split()[0]
@@ -115,15 +119,15 @@ class Job(NamedTuple):
         """Return the seconds of each finished epoch, or none if the log cannot be read. The run will rewrite it."""
         try:
             return [row["seconds"] for row in plot.read_log(self.folder)]
-        except UserError:
+        except (UserError, OSError):
             return []
 
 
 def jobs_to_run(jobs: list[Job]) -> list[Job]:
-    """Return the unfinished jobs, and the finished ones that they continue but whose runs have been deleted."""
+    """Return the unfinished jobs, and the finished ones that they continue but whose runs are deleted or incomplete."""
     unfinished = [job for job in jobs if not job.is_finished()]
     bases = {(ROWS[job.name].after, job.seed) for job in unfinished}
-    return [job for job in jobs if job in unfinished or (job[:2] in bases and not (job.folder / "last.pt").exists())]
+    return [job for job in jobs if job in unfinished or (job[:2] in bases and not job.has_run())]
 
 
 def task_of(job: Job, args: argparse.Namespace) -> Task:
@@ -159,9 +163,10 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
         if error:
             failed[task.name] = error
             return
-        job.record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.record, (job.folder / "run.json").read_bytes())
-        read_record.cache_clear()
+        if not job.is_finished():  # or the run was only repeated, for the row that continues it
+            job.record.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(job.record, (job.folder / "run.json").read_bytes())
+            read_record.cache_clear()
         bars.write(f"{job}: {read_record(job.record)['accuracy']:.1f} %, {len(by_name)} to go")
 
     tasks = [task_of(job, args) for job in jobs]
@@ -341,11 +346,14 @@ def main() -> None:
     handle_signals("; the same command resumes")
     if not args.list or has_data(args.data):  # listing the rows must download nothing
         check_data(results, {job.name for job in jobs}, args.data)
+    to_run = jobs_to_run(jobs)
     for i, job in enumerate(jobs):
         done = len(job.epoch_seconds())
         state = job.outcome() if job.is_finished() else f"{done} epochs done" if done else "not begun"
+        if job.is_finished() and job in to_run:
+            state += ", but another row continues its run, which is missing or incomplete"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
-    failed = {} if args.list else run_jobs(jobs_to_run(jobs), args)
+    failed = {} if args.list else run_jobs(to_run, args)
     print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))
     if failed:
         raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))

@@ -103,11 +103,11 @@ def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, flo
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout, and a Loader's transform
     with Meter(f"Train epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
-        for (images, labels), weight in zip(loader, loader.weights, strict=True):
+        for (images, labels), weight in zip(loader, loader.weights, strict=True):  # 1, except under torchrun
             loss, logits = train_step(images, labels, weight)
             meter.update(loss, logits, labels)
         metrics = meter.total()
-    broadcast_buffers(train_step.model)
+    broadcast_buffers(train_step.model)  # rank 0's batch-norm statistics, under torchrun
     return metrics
 
 

@@ -21,6 +21,8 @@ from harness.recipe import check_same, describe_recipe, describe_script, first_d
 from harness.records import Records, describe_network, print_saving
 from harness.terminal import UserError, escape_unprintable, handle_signals
 
+SAME = "with the same --data, --seed, --holdout and --checkpoints"  # as a run whose base is to be found
+
 
 class Checkpoints:
     """The folder of a run and its state: weights, optimizer, scheduler, scaler and log.
@@ -153,9 +155,8 @@ class Checkpoints:
             folder = self.folder.with_name(self.base_run + self.args.suffix)
             if base_files := resumable_files(folder):
                 return base_files
-            same = "with the same --data, --seed and --checkpoints"
             raise UserError(
-                f"no {folder / 'last.pt'}, which {self.args.script} starts from; run {self.base_command} first, {same}"
+                f"no {folder / 'last.pt'}, which {self.args.script} starts from; run {self.base_command} first, {SAME}"
             )
         if self.args.resume:
             print(f"no {self.folder / 'last.pt'} to resume, starting the run", flush=True)
@@ -173,7 +174,7 @@ class Checkpoints:
         if is_base and epoch < recipe.get("epochs", epoch):
             raise UserError(
                 f"{path} is at epoch {epoch} of {recipe['epochs']}; finish that run first: {self.base_command} "
-                "--resume, with the same --data, --seed and --checkpoints"
+                f"--epochs {recipe['epochs']} --resume, {SAME}"
             )
         if epoch > self.args.epochs:
             raise UserError(f"{path} has {epoch} epochs of training, more than --epochs {self.args.epochs}; use more")
@@ -193,6 +194,7 @@ class Checkpoints:
         if not is_base:
             self.resume_lr(recipe)
             self.records.rows = checkpoint["rows"]
+            self.records.trained_on = checkpoint.get("trained_on", [])
 
     def resume_lr(self, recipe: dict) -> None:
         """Keep the learning rate of the run with this recipe, or change it to the command line's, if given."""
@@ -270,6 +272,7 @@ class Checkpoints:
         self.check_settings()  # again, as a schedule may have changed them
         weights = self.finite_weights(f"after epoch {epoch}; use a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
+        self.records.add_machine(self.loader.device, self.loader.dtype)
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}
         state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
@@ -281,6 +284,7 @@ class Checkpoints:
         self.records.write_log()
         state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
         state |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
+        state["trained_on"] = self.records.trained_on
         state["parameters"] = self.train_step.parameter_names()
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
         write_checkpoint(self.folder / "last.pt", state, keep=previous)

@@ -1,15 +1,17 @@
 """The tasks of `jobs` on a Ray cluster, each on whichever machine has room for it."""
 
 import itertools
+import math
 import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from harness.jobs import Task
-from harness.terminal import IN_USE, UserError, escape_unprintable
+from harness.jobs import Task, reason
+from harness.terminal import IN_USE, Interrupted, UserError, escape_unprintable
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -36,6 +38,8 @@ def run_on_cluster(
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError:
         raise UserError('--ray needs a package that is not installed: pip install "ray>=2.50"') from None
+    # Ray replaces the handler of SIGTERM, and may swallow what a handler raises inside its calls.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         host, colon, port = address.rpartition(":")
         if colon and "//" not in host:  # ray.init would keep trying for long
@@ -45,12 +49,15 @@ def run_on_cluster(
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address or ''}: no cluster answers; {' '.join(str(error).split())}") from None
     names = {}  # of the unfinished tasks, by their Ray references
+    signals = []  # received
+    for number in handlers:
+        signal.signal(number, lambda number, frame: signals.append(number))
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # outlives the other machines
         machines = [(node["Resources"].get("GPU", 0), node["Resources"].get("CPU", 0)) for node in ray.nodes()]
         most_gpus, cores = max((gpus if use_gpus else 0, cores) for gpus, cores in machines)  # of one machine
-        cores, gpus = max(1, int(cores // jobs)), min(1, most_gpus / jobs)
+        cores, gpus = max(1, int(cores // jobs)), 1 / math.ceil(jobs / most_gpus) if most_gpus else 0
         remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
         by_name, refs = {task.name: task for task in tasks}, {}
         numbers = {}  # of the running tasks, by their names
@@ -59,6 +66,8 @@ def run_on_cluster(
             names[refs[name]] = name
         while names:
             done, _ = ray.wait([*names], timeout=POLL_SECONDS)
+            if signals:
+                raise Interrupted(signals[0], "; the same command resumes")
             for name, line in lines.get_nowait_batch(lines.qsize()):
                 if name not in names.values():  # a machine that was taken for lost is still at a finished task
                     continue
@@ -79,6 +88,8 @@ def run_on_cluster(
         if names:
             ray.wait([*names], num_returns=len(names), timeout=PATIENCE_SECONDS)
         ray.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> str | None:
@@ -107,5 +118,5 @@ def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> st
         finally:
             status = process.wait()
         if IN_USE not in line:
-            return f"exit status {status}; {line.strip()}" if status else None
+            return reason(status, line.strip()) if status else None
         time.sleep(1)  # a lost machine's run holds its folder until its next line, which fails as nobody reads it

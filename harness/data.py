@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torchvision.datasets.utils import check_integrity
 from harness.download import CIFAR10_MIRRORS, CIFAR10_SHA256, CIFAR10_SIZE, provide_folder
 from harness.synthetic import make_synthetic
 from harness.terminal import UserError, progress_bar
+
+RECOGNISED_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but cannot read by itself
 
 
 class Data(NamedTuple):
@@ -85,7 +87,9 @@ def load_data(name: str) -> Data:
 def has_data(name: str) -> bool:
     """Return whether `load_data` would download nothing."""
     root, found = Path(name), (CIFAR10.base_folder, CIFAR10.filename, "train", "test")
-    return name == "synthetic" or root.name == CIFAR10.base_folder or any((root / each).exists() for each in found)
+    if root.name == CIFAR10.base_folder:
+        root = root.parent
+    return name == "synthetic" or any((root / each).exists() for each in found)
 
 
 def check_is_free(root: Path) -> None:
@@ -166,9 +170,10 @@ def find_images(folder: Path, skip_links: bool = False) -> list[str]:
     because their images might belong to another class.
     """
     Image.init()
-    extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    readable = Image.OPEN.keys() - RECOGNISED_ONLY
+    extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in readable)
     images = []
-    for parent, folders, names in sorted(os.walk(folder)):
+    for parent, folders, names in sorted(os.walk(folder, onerror=raise_error)):
         if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
             continue
         for link in (os.path.join(parent, name) for name in folders if name[0] != "."):
@@ -184,6 +189,11 @@ def find_images(folder: Path, skip_links: bool = False) -> list[str]:
     return images
 
 
+def raise_error(error: OSError) -> NoReturn:
+    """Raise the error, such as that of a folder that may not be read, which os.walk would leave out."""
+    raise error
+
+
 def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     """Return an image's pixels: uint8 of shape (32, 32, 3). Raise UserError if it is not an image of 8 bits a channel.
 
@@ -191,6 +201,8 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     aspect ratio.
     """
     try:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise UserError(f"{path} is a link to a file that is gone; remove it")
         if not os.path.exists(path):
             raise UserError(f"{path} does not exist; name a picture or a folder of them")
         if not os.path.isfile(path):

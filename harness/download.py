@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 from torchvision.datasets import CIFAR10
@@ -77,7 +77,8 @@ def unpack(archive: Path, folder: Path, sha256: str) -> None:
         raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it to download it again")
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+            tar.extractall(unpacked)
             os.replace(Path(unpacked, folder.name), folder)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{archive} cannot be unpacked: {error}") from None
@@ -126,7 +127,16 @@ def download(archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> N
 
 def host_of(url: str) -> str:
     """Return the host of an address for a message, without the user and password that the address may hold."""
-    return urlsplit(url).netloc.rpartition("@")[2] or f"{urlsplit(url).scheme or 'an empty'} address"
+    address = split_address(url)
+    return address.netloc.rpartition("@")[2] or f"{address.scheme or 'an incomplete'} address"
+
+
+def split_address(url: str) -> SplitResult:
+    """Return the parts of an address, which are empty if it cannot be split."""
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets without an IPv6 address, for example
+        return urlsplit("")
 
 
 def size_of(path: Path) -> int:
@@ -202,7 +212,7 @@ def read_block(response: HTTPResponse, progress: str) -> bytes:
 
 def open_url(url: str, headers: dict[str, str]) -> HTTPResponse:
     """Return the response to a request. Raise UnusableMirror if there is none within CONNECT_SECONDS."""
-    address = urlsplit(url)
+    address = split_address(url)
     if address.scheme not in ("http", "https") or not address.netloc:
         raise UnusableMirror("not an address that begins with http:// or https://")
     login, _, host = address.netloc.rpartition("@")

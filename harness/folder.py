@@ -1,5 +1,6 @@
 """The folder of a run: its lock, its owner, its replacement by a new run, and its files."""
 
+import contextlib
 import itertools
 import os
 import uuid
@@ -42,7 +43,8 @@ class RunFolder:
         """Release the folder's name."""
         if self.held:
             # Before the release, so that a process that has opened this file meanwhile tries again.
-            Path(self.held.lock_file).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows, where the release does it
+                Path(self.held.lock_file).unlink(missing_ok=True)
             self.held.release()
             self.held = None
 

@@ -94,7 +94,7 @@ def run_side_by_side(
                         del running[task.name]
                         numbers.add(worker.number)
                         if status:
-                            fail(task, f"exit status {status}; its own error says why")
+                            fail(task, reason(status, "its own error says why"))
                         else:
                             finish(task, None)
                             unfinished.remove(task.name)
@@ -104,6 +104,13 @@ def run_side_by_side(
             for worker in running.values():
                 worker.process.wait()
             raise
+
+
+def reason(status: int, otherwise: str) -> str:
+    """Return why a task failed: the signal that killed it, or its exit status and `otherwise`."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}, as when memory runs out; run fewer at once"
+    return f"exit status {status}; {otherwise}"
 
 
 class Bars:

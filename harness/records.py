@@ -29,6 +29,7 @@ class Records:
 
     def __init__(self, folder: Path, images: str, tensorboard: bool):
         self.folder, self.images, self.rows = folder, images, []
+        self.trained_on = []  # [device, precision] of the epochs, each once
         self.commit = git_commit()  # now, as the code may be changed during the run
         self.events = EventLog(folder / "tensorboard") if tensorboard else None
 
@@ -46,6 +47,12 @@ class Records:
         self.rows.append(row)
         self.begin_epoch(next_lr)
         return row
+
+    def add_machine(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Note what an epoch was trained on, as a run may be resumed on another device."""
+        here = [device_name(device), name_precision(dtype)]
+        if here not in self.trained_on:
+            self.trained_on.append(here)
 
     def best_row(self) -> dict[str, float]:
         """Return the row of the first epoch that reached the best test accuracy."""
@@ -96,6 +103,7 @@ class Records:
     def write_record(self, run: dict, figures: dict, device: torch.device, dtype: torch.dtype) -> None:
         """Write run.json: the run, its figures, where it was trained, its epochs."""
         best = self.best_row()
+        devices, precisions = zip(*(self.trained_on or [[device_name(device), name_precision(dtype)]]), strict=True)
         record = {
             **run,
             "accuracy": figures.pop("accuracy"),
@@ -103,7 +111,15 @@ class Records:
             "best_epoch": best["epoch"],
             **figures,
             "seconds": sum(row["seconds"] for row in self.rows),
-            **describe_environment(device, dtype),
+            "peak_memory_mb": peak_memory(device),
+            "precision": " and ".join(dict.fromkeys(precisions)),
+            "processes": WORLD_SIZE,
+            "device": " and ".join(dict.fromkeys(devices)),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
             "commit": self.commit,
             "epochs": self.rows,
         }
@@ -138,21 +154,6 @@ def record_text(record: dict) -> str:
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         lines.append(f" {json.dumps(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def describe_environment(device: torch.device, dtype: torch.dtype) -> dict:
-    """Return where and how this process trains, for the record."""
-    return {
-        "peak_memory_mb": peak_memory(device),
-        "precision": name_precision(dtype),
-        "processes": WORLD_SIZE,
-        "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-    }
 
 
 def git_commit() -> str | None:

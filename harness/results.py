@@ -83,7 +83,10 @@ def summary(records: list[dict]) -> str:
     sections = dict.fromkeys(name for record in records for name in record["recipe"])  # early records lack some
     recipes = [sections | record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
     for recipe in recipes[1:]:
-        if differing := first_difference(recipe, recipes[0], {"seed"}):
+        constants = [either.get("constants") for either in (recipe, recipes[0])]
+        # A constant that only one version of the script has is not compared. The settings that it leads to are.
+        added = constants[0].keys() ^ constants[1].keys() if all(constants) else ()
+        if differing := first_difference(recipe, recipes[0], {"seed", *added}):
             raise UserError(
                 f"the records of {records[0]['run']} and its other seeds have no common mean: one has {differing}; "
                 "move one kind into another folder"

@@ -35,6 +35,8 @@ def ship(name: str | Path, run: Path, record_name: str) -> Path:
     record = read_record(records[0])
     if record["epochs"] != checkpoint["rows"]:
         raise UserError(f"{run} has been resumed since its record was written; finish it first")
+    if not (run / "mistakes.png").exists():
+        raise UserError(f"{run / 'mistakes.png'} is missing; python plot.py {run} draws it")
     network = {member: checkpoint[member] for member in MEMBERS} | {
         "flags": checkpoint["recipe"]["flags"],
         "accuracy": record["accuracy"],

@@ -55,12 +55,15 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
             exit_with(1, f"error: the connection to another process is lost; its own error says why ({error})")
+        if "no kernel image" in str(error):
+            exit_with(2, "error: this build of PyTorch does not support this GPU; use --device cpu, or another build")
         causes = [error, error.__context__]  # running out of memory in a capture causes its final error
         texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
         if not re.search("out of memory|can't allocate memory|STATUS_ALLOC_FAILED", " ".join(texts)):
             raise
-        where = "the GPU" if re.search("CUDA|CUBLAS|CUDNN", str(causes)) else "this machine"
-        exit_with(2, f"error: out of memory on {where}; use a smaller --batch-size")
+        on_gpu = re.search("CUDA|CUBLAS|CUDNN", str(causes))
+        where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some")
+        exit_with(2, f"error: out of memory on {where}; train with a smaller --batch-size, or {otherwise}")
 
 
 def handle_signals(advice: str = "") -> None:

@@ -89,9 +89,9 @@ class TrainStep:
         if smallest_share > 1 or not any(isinstance(module, layers) for module in self.model.modules()):
             return
         where, enough = (" per process", 2 * WORLD_SIZE + 1) if WORLD_SIZE > 1 else ("", 2)
-        raise UserError(
-            f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; use {enough} or more"
-        )
+        # The batches are smaller than asked for if the images do not fill them all.
+        advice = f"use {enough} or more" if batch_size < enough else "use fewer processes"
+        raise UserError(f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; {advice}")
 
     def parameter_names(self) -> list[list[str]]:
         """Return the names of the optimizer's parameters, by group."""

@@ -1,5 +1,6 @@
 """User errors: each gets one line and exit status 2, and unusual but correct input works."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -59,11 +60,15 @@ def odd(tmp_path_factory):
     for name, target in (("self", "."), ("up", "..")):
         write_images(root / name, train=2, test=2)
         (root / name / "train/cat" / name).symlink_to(target)
+    write_images(root / "broken", train=2, test=2)
+    (root / "broken/train/cat/x.png").symlink_to("gone.png")
     write_images(root / "fifo", train=2, test=2)
     os.mkfifo(root / "fifo/train/cat/x.png")
     (root / "archive").mkdir()
     (root / "archive/cifar-10-python.tar.gz").write_text("<html>")
     (root / "batches/cifar-10-batches-py").mkdir(parents=True)
+    for name in ("film.mpg", "features.h5", "notes.txt"):
+        (root / "good/train/cat" / name).touch()  # nothing that Pillow reads
     return root
 
 
@@ -106,6 +111,7 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/self", "cat/self is a link to a folder; replace it with its images, or remove it"),
         ("cifar10_r1.py --data {}/up", "cat/up is a link to a folder; replace it with its images, or remove it"),
         ("cifar10_r1.py --data {}/fifo", "train/cat/x.png is not a file; remove it"),
+        ("cifar10_r1.py --data {}/broken", "train/cat/x.png is a link to a file that is gone; remove it"),
         ("cifar10_r1.py --data {}/single --holdout", "--holdout: the class cat has 1 training image; it needs two"),
         ("download.py --data synthetic", "--data synthetic needs no download"),
     ],
@@ -176,6 +182,34 @@ def test_a_program_that_imports_predict_keeps_its_own_hook(tmp_path):
     subprocess.run([sys.executable, "-c", code + "assert sys.excepthook is hook"], cwd=tmp_path, check=True)
 
 
+def failing(error):
+    """Make the next use of a device fail in this way."""
+
+    def fail(name):
+        raise error
+
+    utils.choose_device = fail
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution"),
+            "does not support this GPU; use --dev",
+        ),
+        (
+            RuntimeError("CUDA out of memory."),
+            "out of memory on the GPU; train with a smaller --batch-size, or use --d",
+        ),
+        (MemoryError(), "out of memory on this machine; train with a smaller --batch-size, or free some"),
+    ],
+    ids=["no kernel image", "GPU memory", "memory"],
+)
+def test_what_a_device_lacks_is_one_line(refused, error, words):
+    assert words in refused(R1, "--data", "synthetic", before=functools.partial(failing, error))
+
+
 def test_a_percent_sign_in_a_scripts_help(capsys):
     parser = utils.ArgumentParser("", epochs=1, batch_size=1, lr=1)
     parser.add_argument("--drop", help="drop 10 % of the images (default: %(default)s)")
@@ -188,7 +222,7 @@ def test_a_class_with_a_newline_and_a_picture_of_169_megapixels(script, tmp_path
     folder = write_images(tmp_path / "odd", classes=("a\nb", "c"), train=4, test=2)
     assert "\nAccuracy of a\\nb: " in script(R1, "--data", folder, "--epochs", 1).stdout
     Image.new("L", (13_000, 13_000)).save(tmp_path / "large.png")
-    done = script("predict.py", "large.png", "--checkpoint", "checkpoints/cifar10_r1/best.pt")
+    done = script("predict.py", "large.png", "--checkpoint", "checkpoints/cifar10_r1/best.pt", "--plot", "drawn.png")
     assert "large.png: " in done.stdout and not done.stderr
 
 

@@ -1,6 +1,8 @@
 """The datasets that `--data` takes, and the batches that the loader makes of them."""
 
+import errno
 import itertools
+import os
 import pickle
 
 import numpy as np
@@ -78,6 +80,20 @@ def sixteen_bits(path):
 def test_a_bad_image_is_named(folders, damage):
     damage(folders / "test/dog/0007.png")
     with pytest.raises(UserError, match=r"test/dog/0007\.png (is|has) "):
+        load_data(folders)
+
+
+def test_a_folder_that_may_not_be_read_is_named(folders, monkeypatch):
+    (folders / "train/cat/more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "more":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # as the tests may be run by root
+    with pytest.raises(PermissionError, match="train/cat/more"):
         load_data(folders)
 
 

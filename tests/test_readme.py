@@ -43,5 +43,5 @@ def test_each_command_runs(script, tmp_path, monkeypatch, capsys):
     (snippet,) = re.findall(r"(?:^    .*\n)*^    from predict import .*\n(?:^    .*\n)*", README, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     exec("\n".join(line[4:] for line in snippet.splitlines()), {})
-    answer = re.fullmatch(r"(\w+) \(\d+\.\d % of the test images are right\)\n", capsys.readouterr().out)
+    answer = re.fullmatch(r"(\w+) \(right on \d+\.\d % of the test images\)\n", capsys.readouterr().out)
     assert answer[1] in CIFAR10_CLASSES

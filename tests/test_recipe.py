@@ -214,7 +214,7 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
             "    args = parser.parse_args()\n",
         ),
         ("crop=4, cutout=CUTOUT", "crop=4 * args.crop, cutout=args.cutout"),
-        ("label_smoothing=LABEL_SMOOTHING", 'label_smoothing=LABEL_SMOOTHING if args.loss == "smooth" else 0'),
+        ("label_smoothing=label_smoothing", 'label_smoothing=label_smoothing if args.loss == "smooth" else 0'),
     ).rename(tmp_path / "cifar10_r9.py")
     flags = ["--data", folders, "--batch-size", 30, "--epochs", 2, "--cutout", 4, "--loss", "plain", "--no-crop"]
     first = script(path, *flags).stdout

@@ -84,7 +84,9 @@ def test_a_finished_row_runs_again_if_another_needs_its_deleted_run(tmp_path):
         shutil.copy(RESULTS / "cpu/r1-seed0.json", job.record)
     assert reproduce.jobs_to_run(jobs) == [jobs[0], jobs[2]]
     jobs[0].folder.mkdir()
-    (jobs[0].folder / "last.pt").touch()
+    (jobs[0].folder / "last.pt").touch()  # of a run that has been interrupted
+    assert reproduce.jobs_to_run(jobs) == [jobs[0], jobs[2]]
+    (jobs[0].folder / "run.json").touch()
     assert reproduce.jobs_to_run(jobs) == [jobs[2]]
 
 
@@ -138,6 +140,10 @@ def test_a_damaged_log_is_written_anew(start, script, tmp_path, folders):
     wait_for_epochs(process, log.parent, 1)
     process.terminate()
     process.join(60)
+    log.unlink()
+    log.mkdir()
+    assert "[1/1] r1, seed 0, not begun: " in script("reproduce.py", *flags, "--list").stdout
+    log.rmdir()
     log.write_text(f"epoch,lr\n{'9' * 200_000}\n")
     assert "[1/1] r1, seed 0, not begun: " in script("reproduce.py", *flags).stdout
     assert len(plot.read_log(log.parent)) == 26
@@ -212,6 +218,27 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
     for seed in {0, int(lost[0][-1]) if lost else 1}:
         script("reproduce.py", *flags, "--seed", seed, "--checkpoints", "again", "--results", "again-results")
     assert accuracies(tmp_path / "again-results").items() <= accuracies(tmp_path / "mine").items()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_on_a_cluster(start, script, tmp_path, monkeypatch, number):
+    pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    flags = ["--only", "r1", "--results", "mine", "--data", write_images(tmp_path / "pictures", train=60)]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 1 << 27})
+    try:
+        process = start("reproduce.py", *flags, "--ray", cluster.address)
+        wait_for_epochs(process, tmp_path / "checkpoints/reproduce/cifar10_r1", 2)
+        os.kill(process.pid, number)
+        process.join(100)
+        line = f"reproduce.py: ended by {number.name}; the same command resumes\n"
+        assert process.exitcode == 128 + number and output(tmp_path, "stderr").read_text() == line
+        assert "resuming " in script("reproduce.py", *flags).stdout  # the run has left its folder
+    finally:
+        cluster.shutdown()
 
 
 def test_ray_without_a_cluster_or_ray(refused, folders):
@@ -302,6 +329,7 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
         Task("d", command("d", 0, 3)),
         Task("e", command("e", 0), after="d"),
         Task("f", command("f", 0), after="nobody"),
+        Task("k", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]),
     ]
     ended = {}  # the error of each task, or None
 
@@ -311,7 +339,8 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
     run_side_by_side(tasks, 3, lambda number: {}, lambda task, number, line: lines.append((task.name, line)), finish)
     assert sorted(lines) == [(name, name) for name in "abcdf"]
     errors = {"d": "exit status 3; its own error says why", "e": "waited for d"}
-    assert ended == dict.fromkeys("abcf") | errors and [*ended].index("a") < [*ended].index("b")
+    killed = {"k": "killed by SIGKILL, as when memory runs out; run fewer at once"}
+    assert ended == dict.fromkeys("abcf") | errors | killed and [*ended].index("a") < [*ended].index("b")
     ended.clear()
     chain = [*tasks[3:5], Task("g", command("g", 0), after="e")]
     run_side_by_side(chain, 1, lambda number: {}, lambda *line: None, finish)
@@ -405,6 +434,8 @@ def test_the_summary_of_several_seeds():
     assert summary(records[:1]) == "67.0" and summary([]) == ""
     of_another_row = recipe | {"constants": {"LR": 0.1, "EPOCHS": {"plain": 2, "flip": 9}}}
     assert "n = 4" in summary([*records, records[0] | {"recipe": of_another_row}])
+    of_a_later_script = recipe | {"constants": {"LR": 0.1, "CUTOUT_OF_ANOTHER_ROW": 12}}
+    assert "n = 4" in summary([*records, records[0] | {"recipe": of_a_later_script}])
     for other, words in (
         ({"recipe": recipe | {"constants": {"LR": 0.2}}}, "LR 0.2, this one has 0.1"),
         (

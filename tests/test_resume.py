@@ -148,7 +148,10 @@ def test_r3_goes_on_from_a_finished_r2(refused, script, tmp_path, folders):
     torch.save(checkpoint | {"recipe": checkpoint["recipe"] | {"epochs": 46}}, last)  # as if it had been ended there
     for resume in (["--resume"], ["--resume", last]):
         line = refused(R3, *flags, 60, *resume)
-        assert "last.pt is at epoch 1 of 46; finish that run first: python cifar10_r2.py --crop --resume" in line
+        assert (
+            "last.pt is at epoch 1 of 46; finish that run first: python cifar10_r2.py --crop --epochs 46 --resume"
+            in line
+        )
 
 
 def test_a_step_back_loses_neither_the_way_forward_nor_the_best(script, tmp_path, folders):
@@ -161,6 +164,17 @@ def test_a_step_back_loses_neither_the_way_forward_nor_the_best(script, tmp_path
     earlier = folder.with_name("cifar10_r1.earlier1")
     assert {path.name: path.read_bytes() for path in earlier.iterdir() if path.suffix == ".pt"} == whole
     assert same_weights(folder / "last.pt", earlier / "last.pt")
+
+
+def test_a_record_names_all_that_a_run_was_trained_on(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs"]
+    script(*flags, 2, "--precision", "fp32")
+    script(*flags, 3, "--precision", "bf16", "--resume")
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    assert json.loads((folder / "run.json").read_text())["precision"] == "fp32 and bf16"
+    last = (folder / "last.pt").rename(tmp_path / "elsewhere.pt")  # the complete run, resumed elsewhere
+    script(*flags, 3, "--precision", "fp32", "--resume", last)
+    assert json.loads((folder / "run.json").read_text())["precision"] == "fp32 and bf16"
 
 
 def best_and_record(folder):

@@ -86,6 +86,10 @@ def test_a_run_is_shipped(script, refused, tmp_path, folders, monkeypatch):
     shutil.copy(run / "run.json", tmp_path / "results/mine/r1-seed0.json")  # which Git ignores
     assert expected in refused("reproduce.py", *flags, before=in_this_folder)
     shutil.copy(run / "run.json", record)
+    (run / "mistakes.png").rename(run / "away.png")
+    assert "mistakes.png is missing; " in refused("reproduce.py", *flags, before=in_this_folder)
+    assert not (tmp_path / "small.pt").exists()
+    (run / "away.png").rename(run / "mistakes.png")
     assert "the network is in small.pt; " in script("reproduce.py", *flags, before=in_this_folder).stdout
 
     small, last = (predict.load_classifier(path) for path in (tmp_path / "small.pt", run / "last.pt"))

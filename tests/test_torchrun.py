@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import R1, R2, R4, R5, ROOT, log, weights, write_images
 
 import harness.loader
+import harness.training
 from harness.data import load_data
 from harness.terminal import UserError
 from predict import load_classifier
@@ -128,6 +130,14 @@ def test_too_few_images_for_the_processes(monkeypatch):
         harness.loader.Loader(images, labels, 2, training=True, **common)
     with pytest.raises(UserError, match="3 processes cannot share 1 image for testing"):
         harness.loader.Loader(images[:1], labels[:1], 500, **common)
+
+
+def test_batches_that_are_smaller_than_asked_for(monkeypatch):
+    """Of 35 images and batches of at most 17, the smallest has 11, which 8 processes share."""
+    monkeypatch.setattr(harness.training, "WORLD_SIZE", 8)
+    step = SimpleNamespace(model=torch.nn.BatchNorm2d(3))
+    with pytest.raises(UserError, match="cannot train on a single image per process; use fewer processes"):
+        harness.training.TrainStep.check_batch_size(step, 17, 1)
 
 
 def test_processes_of_different_experiments_do_not_train_together(tmp_path, data):
