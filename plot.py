@@ -8,7 +8,6 @@ python plot.py results/mine                                        # each seed's
 import argparse
 import csv
 import io
-import json
 import math
 import warnings
 from itertools import cycle, product
@@ -31,6 +30,7 @@ from harness.data import Data, load_data
 from harness.devices import choose_device
 from harness.files import read_checkpoint, write_atomically
 from harness.loader import Loader
+from harness.results import read_folder
 from harness.statistics import interval
 from harness.terminal import CommandLine, UserError, escape_unprintable, nonempty_path, run
 from predict import load_classifier
@@ -69,18 +69,6 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     except (ValueError, TypeError, csv.Error):  # a value is huge or no number, or there are too few or too many
         pass
     raise UserError(f"{folder / 'log.csv'} is not the log of a run; --resume rewrites it")
-
-
-def read_accuracies(folder: Path) -> dict[str, list[float]]:
-    """Return the accuracies of a folder's records by row, empty without records. Raise UserError if one is damaged."""
-    accuracies = {}
-    for path in sorted(folder.glob("*-seed*.json")):
-        try:
-            accuracy = float(json.loads(path.read_text())["accuracy"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is no record of a run; take it out") from None
-        accuracies.setdefault(path.stem.rpartition("-seed")[0], []).append(accuracy)
-    return accuracies
 
 
 @own_settings
@@ -300,8 +288,8 @@ def main() -> None:
     if args.output:
         parser.error("--output is for several runs; the pictures of a single run go into its folder")
     (folder,) = args.runs
-    if accuracies := read_accuracies(folder):
-        seeds(accuracies, folder / "seeds.png")
+    if rows := read_folder(folder):
+        seeds({row: [record["accuracy"] for record in records] for row, records in rows.items()}, folder / "seeds.png")
         print(f"each seed's accuracy is drawn in {folder / 'seeds.png'}")
         return
     read_log(folder)  # report what is missing before the data is read

@@ -34,7 +34,7 @@ import torch
 import plot
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
-from harness.data import has_data, load_data
+from harness.data import load_data
 from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
 from harness.results import (
@@ -144,18 +144,19 @@ def task_of(job: Job, args: argparse.Namespace) -> Task:
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
     """Run the jobs, up to --jobs at once, and copy their records. Return why jobs failed, by their names."""
     alone = args.jobs == 1 and args.ray is None
-    by_name, failed, bars = {str(job): job for job in jobs}, {}, Bars(shown=not alone and sys.stdout.isatty())
+    on_bars = not alone and sys.stdout.isatty()
+    by_name, failed, bars = {str(job): job for job in jobs}, {}, Bars()
 
     def report(task: Task, number: int, line: str) -> None:
         job, epoch = by_name[task.name], EPOCH.match(line)
+        if on_bars:
+            bars.show(number, task.name, line, epoch)
+            return
         if epoch:
             # on a cluster the number of machines is not known
             later = [other for other in by_name.values() if other is not job] if args.ray is None else []
             line += f"; {time_left(job, int(epoch[2]) - int(epoch[1]), later, args.jobs)}"
-        if alone:
-            print(line, flush=True)
-        elif not bars.show(number, task.name, line, epoch):
-            print(f"{job}: {line}", flush=True)
+        print(line if alone else f"{job}: {line}", flush=True)
 
     def finish(task: Task, error: str | None) -> None:
         job = by_name.pop(task.name)
@@ -344,7 +345,7 @@ def main() -> None:
         print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
         return
     handle_signals("; the same command resumes")
-    if not args.list or has_data(args.data):  # listing the rows must download nothing
+    if not args.list:
         check_data(results, {job.name for job in jobs}, args.data)
     to_run = jobs_to_run(jobs)
     for i, job in enumerate(jobs):

@@ -17,7 +17,7 @@ from harness.files import (
 from harness.folder import RunFolder, find_best, resumable_files
 from harness.operations import petaflop
 from harness.processes import RANK, WORLD_SIZE, broadcast, gather
-from harness.recipe import check_same, describe_recipe, describe_script, first_difference, today
+from harness.recipe import check_same, describe_recipe, describe_script, first_difference
 from harness.records import Records, describe_network, print_saving
 from harness.terminal import UserError, escape_unprintable, handle_signals
 
@@ -58,7 +58,7 @@ class Checkpoints:
         self.run_folder = RunFolder(args.checkpoints / (args.experiment + args.suffix))
         self.folder = self.run_folder.path
         images = f"synthetic {data.tested_on}" if data.source == "synthetic" else data.tested_on
-        self.records = Records(self.folder, images, args.tensorboard)
+        self.records = Records(self.folder, images, train_loader.device, train_loader.dtype, args.tensorboard)
         self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
         self.network = describe_network(self.model, data, train_loader)
         self.script = describe_script()  # now, as the file may be edited during the run
@@ -164,14 +164,14 @@ class Checkpoints:
 
     def resume(self, path: Path, checkpoint: dict) -> None:
         """Load the checkpoint. Raise UserError if it is from another run that is not the base."""
-        if not checkpoint.keys() >= {"recipe", "rows", "optimizer", "scaler"}:
+        if not checkpoint.keys() >= {"recipe", "rows", "optimizer", "scaler", "parameters"}:
             raise UserError(f"{path} is for inference and cannot be resumed; resume the last.pt beside it")
-        epoch, recipe = checkpoint["epoch"], today(checkpoint["recipe"])
+        epoch, recipe = checkpoint["epoch"], checkpoint["recipe"]
         is_base = self.base_run is not None and recipe["run"] == self.base_run
         self.check_recipe(path, recipe, is_base)
         if is_base and epoch >= self.args.epochs:
             raise UserError(f"{path} already has {epoch} epochs of training; use a larger --epochs")
-        if is_base and epoch < recipe.get("epochs", epoch):
+        if is_base and epoch < recipe["epochs"]:
             raise UserError(
                 f"{path} is at epoch {epoch} of {recipe['epochs']}; finish that run first: {self.base_command} "
                 f"--epochs {recipe['epochs']} --resume, {SAME}"
@@ -182,10 +182,12 @@ class Checkpoints:
         if is_base:  # only the base's moments are loaded, not its learning rate, schedule and weight decay
             parts = {name: part for name, part in parts.items() if name != "scheduler"}
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        if not checkpoint.keys() >= parts.keys():
-            raise UserError(f"{path} has no scheduler state, but this run has a scheduler; start it without --resume")
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
-        self.train_step.check_state(path, checkpoint)
+        if checkpoint["parameters"] != self.train_step.parameter_names():  # the optimizer's state goes by position
+            raise UserError(
+                f"{path} has its weights in another order than {self.network['model']} and its optimizer have now, and "
+                "the optimizer's state depends on that order; start without --resume"
+            )
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
@@ -194,24 +196,24 @@ class Checkpoints:
         if not is_base:
             self.resume_lr(recipe)
             self.records.rows = checkpoint["rows"]
-            self.records.trained_on = checkpoint.get("trained_on", [])
+            self.records.trained_on = checkpoint.get("trained_on", [])  # which earlier versions did not keep
 
     def resume_lr(self, recipe: dict) -> None:
         """Keep the learning rate of the run with this recipe, or change it to the command line's, if given."""
-        group = self.optimizer.param_groups[0]
-        lr = recipe.get("lr", group.get("initial_lr", group["lr"]))  # an earlier version did not keep it
         if self.args.lr_given:
-            self.train_step.change_lr(lr, self.args.lr, self.scheduler)
+            self.train_step.change_lr(recipe["lr"], self.args.lr, self.scheduler)
         else:
-            self.recipe["lr"] = lr
+            self.recipe["lr"] = recipe["lr"]
 
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
         """Raise UserError if the checkpoint's recipe differs from this run's. A base has to agree only in part."""
         ours, may_differ = self.recipe, {"lr"}
         if is_base:
-            ours = {name: ours[name] for name in ("seed", "holdout", "batch_size", "data")}
-            ours["optimizer"] = {"name": self.recipe["optimizer"]["name"]}
-            recipe = recipe | {"optimizer": {"name": recipe["optimizer"]["name"]}}
+            recipe, ours = (
+                {name: each[name] for name in ("seed", "holdout", "batch_size", "data")}
+                | {"optimizer": {"name": each["optimizer"]["name"]}}
+                for each in (recipe, ours)
+            )
         elif recipe["run"] != self.recipe["run"]:
             runs = " or ".join(filter(None, (self.recipe["run"], self.base_run)))
             raise UserError(f"{path} is from the run {recipe['run']}; resume {runs}, or start without --resume")
@@ -225,16 +227,11 @@ class Checkpoints:
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
-        if self.find_best(self.folder) == path:
-            return
-        if best := self.best_file(self.folder, checkpoint):
+        best = self.best_file(self.folder, checkpoint)
+        if best and not (path.exists() and path.read_bytes() == best):
             write_atomically(path, best, keep=previous)
-        elif path.exists():
+        elif not best and path.exists():
             path.replace(previous)
-
-    def find_best(self, folder: Path) -> Path | None:
-        """Return the folder's file of the log's best epoch, or None."""
-        return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
     def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
         """Return the content of the best epoch's file, from the folder or from the checkpoint.
@@ -242,7 +239,7 @@ class Checkpoints:
         If neither has it, a line says so and None is returned.
         """
         row = self.records.best_row()
-        if path := self.find_best(folder):
+        if path := find_best(folder, row, {key: self.network[key] for key in self.NETWORK}):
             return path.read_bytes()
         if row["epoch"] == checkpoint["epoch"]:
             return checkpoint_bytes({key: checkpoint[key] for key in (*self.network, *self.BEST) if key in checkpoint})
@@ -272,7 +269,6 @@ class Checkpoints:
         self.check_settings()  # again, as a schedule may have changed them
         weights = self.finite_weights(f"after epoch {epoch}; use a lower --lr")
         row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
-        self.records.add_machine(self.loader.device, self.loader.dtype)
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}
         state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
@@ -322,4 +318,4 @@ class Checkpoints:
         }
         figures = {"accuracy": accuracy, "per_class": per_class, "confusion": confusion.tolist()}
         figures["petaflop"] = petaflop(self.model, len(self.loader.labels) * len(self.records.rows))
-        self.records.write_record(run, figures, self.loader.device, self.loader.dtype)
+        self.records.write_record(run, figures)

@@ -51,7 +51,8 @@ class Data(NamedTuple):
             indices = (self.train_labels == label).nonzero().flatten()
             if len(indices) < 2:
                 raise UserError(f"--holdout: the class {name} has {len(indices)} training image; it needs two or more")
-            held_out[indices[len(indices[:10]) - 1 :: 10]] = True
+            last_of_ten = min(len(indices), 10) - 1  # a smaller class gives its last image
+            held_out[indices[last_of_ten::10]] = True
         kept = ~held_out
         images, labels = self.train_images, self.train_labels
         return self._replace(
@@ -82,14 +83,6 @@ def load_data(name: str) -> Data:
     if not original:
         check_is_free(root)
     return read_original(root)
-
-
-def has_data(name: str) -> bool:
-    """Return whether `load_data` would download nothing."""
-    root, found = Path(name), (CIFAR10.base_folder, CIFAR10.filename, "train", "test")
-    if root.name == CIFAR10.base_folder:
-        root = root.parent
-    return name == "synthetic" or any((root / each).exists() for each in found)
 
 
 def check_is_free(root: Path) -> None:

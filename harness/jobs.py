@@ -114,20 +114,18 @@ def reason(status: int, otherwise: str) -> str:
 
 
 class Bars:
-    """A progress bar for each of several jobs that run at once, on a terminal only."""
+    """A progress bar for each of several jobs that run at once."""
 
     SHOWN = 60  # characters of a line, so that a bar fits into a terminal's line
 
-    def __init__(self, shown: bool):
-        self.shown, self.bars = shown, {}
+    def __init__(self):
+        self.bars = {}
 
-    def show(self, number: int, name: str, line: str, epoch: re.Match | None) -> bool:
-        """Update a job's bar, the one of that number from above, from its line. Return False if there are no bars.
+    def show(self, number: int, name: str, line: str, epoch: re.Match | None) -> None:
+        """Update a job's bar, the one of that number from above, from its line.
 
         epoch: the epoch, epochs and test accuracy in the line. Lines without them are shown before the first epoch.
         """
-        if not self.shown:
-            return False
         if name not in self.bars:
             self.bars[name] = progress_bar(desc=name, total=0, position=number, leave=False)
         bar = self.bars[name]
@@ -138,7 +136,6 @@ class Bars:
             bar.set_postfix_str(f"test accuracy:{epoch[3]}")
         elif not bar.total:
             bar.set_postfix_str(line[: self.SHOWN])
-        return True
 
     def write(self, line: str) -> None:
         """Print a line above the bars."""

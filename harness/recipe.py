@@ -130,18 +130,14 @@ def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
 
 
 def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], otherwise: str) -> None:
-    """Raise UserError if the recipe in the checkpoint `path` differs from ours. Print the names that it lacks.
+    """Raise UserError if the recipe in the checkpoint `path` differs from ours.
 
     may_differ: see `first_difference`. otherwise: what the user can do instead of making them agree.
     """
-    if theirs.get("holdout", False) != ours["holdout"]:  # before the data, which depends on it
-        raise UserError(
-            f"{path} is from a run {'with' if theirs.get('holdout') else 'without'} --holdout; make them agree"
-        )
+    if theirs["holdout"] != ours["holdout"]:  # before the data, which depends on it
+        raise UserError(f"{path} is from a run {'with' if theirs['holdout'] else 'without'} --holdout; make them agree")
     if theirs["data"] != ours["data"]:
         raise UserError(f"{path} was trained on other data; use the same --data, or {otherwise}")
-    if unknown := [name for name, value in ours.items() if value and name not in theirs]:
-        print(f"{path} is from an earlier version: its {', '.join(unknown)} cannot be compared", flush=True)
     if difference := first_difference(theirs, ours, may_differ):
         raise UserError(f"{path} is from a run with {difference}; make them agree, or {otherwise}")
 
@@ -149,10 +145,9 @@ def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], other
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
     """Return the first difference between two recipes, worded for an error, or None.
 
-    may_differ: names of constants or of the recipe's own values. A section that only one recipe has is not compared.
+    may_differ: names of constants or of the recipe's own values.
     """
-    common = theirs.keys() & ours.keys()
-    one, other = (flatten({name: recipe[name] for name in ours if name in common}) for recipe in (theirs, ours))
+    one, other = flatten(theirs), flatten(ours)
     for names in other | one:
         if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS):
             continue
@@ -173,17 +168,3 @@ def shorten(value: object) -> str:
     """Return a value as text of up to 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def today(recipe: dict) -> dict:
-    """Return a recipe from an earlier version under today's names. It may lack some."""
-    if "constants" in recipe:
-        augmentation = recipe.get("augmentation")
-        if isinstance(augmentation, dict) and augmentation.get("crop") is True:  # 4 pixels, the only crop at that time
-            return recipe | {"augmentation": augmentation | {"crop": 4}}
-        return recipe
-    optimizer = {"name": recipe.get("optimizer")}
-    optimizer |= {name: recipe[name] for name in ("momentum", "weight_decay") if name in recipe}
-    flags = {"--epochs": "epochs", "--batch-size": "batch_size", "--seed": "seed"}
-    kept = {new: recipe[old] for old, new in flags.items() if old in recipe}
-    return {"run": recipe.get("run"), **kept, "optimizer": optimizer, "data": recipe.get("data")}

@@ -24,12 +24,14 @@ TUTORIAL_NAMES = {"airplane": "plane", "automobile": "car"}  # as the official t
 class Records:
     """The figures of a run, in its folder: `rows` of log.csv, one for each epoch, and the record of a complete run.
 
-    images: the table's name for the images that the run is tested on, such as "test".
+    images: the table's name for the images that the run is tested on, such as "test". device, dtype: what this process
+    trains on.
     """
 
-    def __init__(self, folder: Path, images: str, tensorboard: bool):
+    def __init__(self, folder: Path, images: str, device: torch.device, dtype: torch.dtype, tensorboard: bool):
         self.folder, self.images, self.rows = folder, images, []
-        self.trained_on = []  # [device, precision] of the epochs, each once
+        self.device, self.here = device, [device_name(device), name_precision(dtype)]
+        self.trained_on = []  # what `here` was in the epochs so far, each once, as a run may be resumed elsewhere
         self.commit = git_commit()  # now, as the code may be changed during the run
         self.events = EventLog(folder / "tensorboard") if tensorboard else None
 
@@ -45,14 +47,10 @@ class Records:
         figures = dict(zip(names, map(float, (*train_metrics, *test_metrics)), strict=True))
         row = {"epoch": epoch, "lr": self.lr, **figures, "seconds": time.monotonic() - self.began}
         self.rows.append(row)
+        if self.here not in self.trained_on:
+            self.trained_on.append(self.here)
         self.begin_epoch(next_lr)
         return row
-
-    def add_machine(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Note what an epoch was trained on, as a run may be resumed on another device."""
-        here = [device_name(device), name_precision(dtype)]
-        if here not in self.trained_on:
-            self.trained_on.append(here)
 
     def best_row(self) -> dict[str, float]:
         """Return the row of the first epoch that reached the best test accuracy."""
@@ -100,10 +98,10 @@ class Records:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def write_record(self, run: dict, figures: dict, device: torch.device, dtype: torch.dtype) -> None:
+    def write_record(self, run: dict, figures: dict) -> None:
         """Write run.json: the run, its figures, where it was trained, its epochs."""
         best = self.best_row()
-        devices, precisions = zip(*(self.trained_on or [[device_name(device), name_precision(dtype)]]), strict=True)
+        devices, precisions = zip(*(self.trained_on or [self.here]), strict=True)
         record = {
             **run,
             "accuracy": figures.pop("accuracy"),
@@ -111,7 +109,7 @@ class Records:
             "best_epoch": best["epoch"],
             **figures,
             "seconds": sum(row["seconds"] for row in self.rows),
-            "peak_memory_mb": peak_memory(device),
+            "peak_memory_mb": peak_memory(self.device),
             "precision": " and ".join(dict.fromkeys(precisions)),
             "processes": WORLD_SIZE,
             "device": " and ".join(dict.fromkeys(devices)),

@@ -22,13 +22,16 @@ def read_records(own_folder: Path | None = None) -> Machines:
     folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() and not path.name.startswith("mine")]
     if own_folder and own_folder.resolve() not in folders:
         folders.append(own_folder)
-    machines = {}
-    for folder in folders:
-        rows = machines.setdefault(folder.name if folder.parent == RESULTS else str(folder), {})
-        for path in sorted(folder.glob("*-seed*.json")):
-            if record := read_record(path):
-                rows.setdefault(path.stem.rpartition("-seed")[0], []).append(record)
-    return machines
+    return {folder.name if folder.parent == RESULTS else str(folder): read_folder(folder) for folder in folders}
+
+
+def read_folder(folder: Path) -> dict[str, list[dict]]:
+    """Return the records in a folder by row, one for each seed."""
+    rows = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        if record := read_record(path):
+            rows.setdefault(path.stem.rpartition("-seed")[0], []).append(record)
+    return rows
 
 
 @functools.cache
@@ -57,11 +60,6 @@ def report_unreadable(path: Path) -> None:
     print(f"{path} is not a record of a run; skipped", flush=True)
 
 
-def records_of(folder: Path, name: str) -> list[dict]:
-    """Return the records of a row in a folder."""
-    return [record for path in sorted(folder.glob(f"{name}-seed*.json")) if (record := read_record(path))]
-
-
 def training_seconds(record: dict) -> float:
     """Return a run's time: its median epoch times the number of epochs, so that other work beside it does not count."""
     return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
@@ -80,8 +78,7 @@ def summary(records: list[dict]) -> str:
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     Raises UserError if the records are of different recipes.
     """
-    sections = dict.fromkeys(name for record in records for name in record["recipe"])  # early records lack some
-    recipes = [sections | record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
+    recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
     for recipe in recipes[1:]:
         constants = [either.get("constants") for either in (recipe, recipes[0])]
         # A constant that only one version of the script has is not compared. The settings that it leads to are.
@@ -125,11 +122,12 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
     """
     lines = []
     if one in names and other in names:
-        groups = [(f"{one} -> {other}", *(records_of(own_folder, name) for name in (one, other)))]
+        rows = read_folder(own_folder)
+        groups = [(f"{one} -> {other}", rows.get(one, []), rows.get(other, []))]
     else:
         folders = [RESULTS / name if (RESULTS / name).is_dir() else Path(name) for name in (one, other)]
-        shared = [name for name in names if all(any(folder.glob(f"{name}-seed*.json")) for folder in folders)]
-        groups = [(name, *(records_of(folder, name) for folder in folders)) for name in shared]
+        before, after = map(read_folder, folders)
+        groups = [(name, before[name], after[name]) for name in names if name in before and name in after]
     if not groups:
         raise UserError(f"--compare {one} {other}: neither two rows nor two folders with records of the same row")
     for name, *pair in groups:

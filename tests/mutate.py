@@ -86,7 +86,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
     ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),
     ("harness/training.py", "[lr * (rate / before) for", "[0.1 * (rate / before) for", "test_resume.py", "rate"),
-    ("harness/training.py", "        same &= checkpoint.get", "        checkpoint.get", RECIPE, "order"),
+    ("harness/checkpoints.py", 'if checkpoint["parameters"] != ', 'if checkpoint["parameters"] is ', RECIPE, "order"),
     # recipe, command line
     ("harness/recipe.py", "if was == now or", "if names[0] == 'flags' or was == now or", RECIPE, ""),
     ("harness/recipe.py", '"seed": args.seed', '"seed": 0', RECIPE + " test_scripts.py", "refuses or seed or recipe"),
@@ -102,7 +102,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/checkpoints.py", "        self.check_settings()\n        #", "        #", "test_recipe.py", "does_not_begin"),
     ("harness/records.py", '["epochs"] == self.rows', '["epochs"]', "test_resume.py", "longer"),
     ("harness/checkpoints.py", "self.args.epochs + 1)", "self.args.epochs)", "test_scripts.py", "record"),
-    ("harness/checkpoints.py", "epoch < recipe.get(", "epoch > recipe.get(", "test_resume.py", "r3"),
+    ("harness/checkpoints.py", "epoch < recipe", "epoch > recipe", "test_resume.py", "r3"),
     ("harness/checkpoints.py", "if self.last_is_whole else None", "if False else None", "test_scripts.py", "damaged"),
     ("harness/folder.py", "        self.path.rename(earlier)\n", "        __import__('shutil').rmtree(self.path)\n",
      "test_scripts.py", "deletes"),
@@ -115,7 +115,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
      RECIPES, "best"),
     ("harness/records.py", 'sum(row["seconds"] for row in self.rows)', "0", "test_scripts.py", "record"),
     # data, download
-    ("harness/data.py", "held_out[indices[len(indices[:10]) - 1 :: 10]]", "held_out[indices[:5000]]", "test_data.py", "held"),
+    ("harness/data.py", "held_out[indices[last_of_ten::10]]", "held_out[indices[:5000]]", "test_data.py", "held"),
     ("harness/data.py", "if os.path.islink(link)", "if False", "test_bad_input.py", "mistakes"),
     ("harness/data.py", "        check_is_free(root)\n", "        pass\n", "test_bad_input.py", "mistakes"),
     ("harness/data.py", "if not check_integrity(folder / member, md5)", "if False", "test_data.py", "member"),

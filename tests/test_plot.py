@@ -1,6 +1,7 @@
 """plot.py: the pictures of runs."""
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from helpers import R1, ROOT, write_images
 from PIL import Image
 
 import plot
+from harness.results import RESULTS
 
 PICTURES = ("curves.png", "confusion.png", "mistakes.png")
 
@@ -122,21 +124,23 @@ def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, mon
 
 
 def test_each_seed_is_a_dot(script, refused, tmp_path):
+    assert "no log.csv; name the folder of a run" in refused("plot.py", ".")
+    record = json.loads((RESULTS / "cpu/r1-seed0.json").read_text())
     (tmp_path / "mine").mkdir()
     for row, values in (("r1", (60, 61, 63)), ("r1-flip", (67,))):
         for seed, accuracy in enumerate(values):
-            (tmp_path / f"mine/{row}-seed{seed}.json").write_text(f'{{"accuracy": {accuracy}}}')
-    assert "drawn in mine/seeds.png" in script("plot.py", "mine").stdout
+            (tmp_path / f"mine/{row}-seed{seed}.json").write_text(json.dumps(record | {"accuracy": accuracy}))
+    (tmp_path / "mine/r1-seed3.json").write_text("<<<<")
+    out = script("plot.py", "mine").stdout
+    assert "mine/r1-seed3.json is not a record of a run; skipped\n" in out and "drawn in mine/seeds.png" in out
     drawn = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
-        plot.seeds(plot.read_accuracies(tmp_path / "mine"), "seeds")
+        plot.seeds({"r1": [60, 61, 63], "r1-flip": [67]}, "seeds")
     (axis,) = drawn["seeds"].axes
     dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
     assert [sorted(values) for values in dots] == [[67], [60, 61, 63]]
     assert [text.get_text() for text in axis.texts] == ["67.00, n = 1", "61.33, n = 3"]
-    (tmp_path / "mine/r1-seed0.json").write_text("<<<<")
-    assert "mine/r1-seed0.json is no record of a run" in refused("plot.py", "mine")
 
 
 def test_costs_add_up(monkeypatch):

@@ -234,7 +234,7 @@ def test_a_row_of_the_confusion_matrix_is_a_class():
 
 
 def test_the_best_epoch_is_the_first_with_the_best_test_accuracy(tmp_path):
-    records = Records(tmp_path, "test", tensorboard=False)
+    records = Records(tmp_path, "test", torch.device("cpu"), torch.float32, tensorboard=False)
     records.begin_epoch(0.1)
     for epoch, (train, test) in enumerate([(50, 40), (60, 45), (70, 45), (80, 42)], 1):
         records.add_epoch(epoch, (1.0, train), (1.0, test), 0.1)
