@@ -161,7 +161,7 @@ def pictures(texts: dict[str, list[str]], path: Path) -> None:
     for axis in axes:
         axis.axis("off")
     for axis, (name, lines) in zip(axes, shown, strict=False):
-        with warnings.catch_warnings(action="ignore"), Image.open(name) as image:  # Pillow's advice on palettes
+        with warnings.catch_warnings(action="ignore"), Image.open(name) as image:  # Pillow's advice
             image = ImageOps.exif_transpose(image).convert("RGB")
             image.thumbnail((200, 200))
             axis.imshow(np.asarray(image))

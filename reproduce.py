@@ -164,7 +164,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
         if error:
             failed[task.name] = error
             return
-        if not job.is_finished():  # or the run was only repeated, for the row that continues it
+        if not job.is_finished():  # a run that was only repeated, for the row that continues it, keeps its record
             job.record.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(job.record, (job.folder / "run.json").read_bytes())
             read_record.cache_clear()
@@ -352,7 +352,7 @@ def main() -> None:
         done = len(job.epoch_seconds())
         state = job.outcome() if job.is_finished() else f"{done} epochs done" if done else "not begun"
         if job.is_finished() and job in to_run:
-            state += ", but another row continues its run, which is missing or incomplete"
+            state += "; runs again, as another row continues its run, which is missing or incomplete"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
     failed = {} if args.list else run_jobs(to_run, args)
     print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))

@@ -21,7 +21,7 @@ from harness.recipe import check_same, describe_recipe, describe_script, first_d
 from harness.records import Records, describe_network, print_saving
 from harness.terminal import UserError, escape_unprintable, handle_signals
 
-SAME = "with the same --data, --seed, --holdout and --checkpoints"  # as a run whose base is to be found
+SAME = "with the same --data, --seed, --batch-size, --holdout and --checkpoints"  # or it is not this run's base
 
 
 class Checkpoints:

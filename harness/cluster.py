@@ -88,8 +88,9 @@ def run_on_cluster(
         if names:
             ray.wait([*names], num_returns=len(names), timeout=PATIENCE_SECONDS)
         ray.shutdown()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if not signals:  # or this process ends now, and another Ctrl-C must not disturb it
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> str | None:

@@ -183,7 +183,7 @@ def find_images(folder: Path, skip_links: bool = False) -> list[str]:
 
 
 def raise_error(error: OSError) -> NoReturn:
-    """Raise the error, such as that of a folder that may not be read, which os.walk would leave out."""
+    """Raise the error. Without this, os.walk skips a folder that it may not read."""
     raise error
 
 

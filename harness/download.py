@@ -128,7 +128,7 @@ def download(archive: Path, mirrors: Sequence[str], size: int, sha256: str) -> N
 def host_of(url: str) -> str:
     """Return the host of an address for a message, without the user and password that the address may hold."""
     address = split_address(url)
-    return address.netloc.rpartition("@")[2] or f"{address.scheme or 'an incomplete'} address"
+    return address.netloc.rpartition("@")[2] or f"{address.scheme or 'an unusable'} address"
 
 
 def split_address(url: str) -> SplitResult:

@@ -108,8 +108,10 @@ def run_side_by_side(
 
 def reason(status: int, otherwise: str) -> str:
     """Return why a task failed: the signal that killed it, or its exit status and `otherwise`."""
+    if status == -signal.SIGKILL:
+        return "killed by SIGKILL, as when memory runs out; use fewer --jobs"
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}, as when memory runs out; run fewer at once"
+        return f"killed by signal {-status}"
     return f"exit status {status}; {otherwise}"
 
 

@@ -80,10 +80,14 @@ def summary(records: list[dict]) -> str:
     """
     recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
     for recipe in recipes[1:]:
-        constants = [either.get("constants") for either in (recipe, recipes[0])]
-        # A constant that only one version of the script has is not compared. The settings that it leads to are.
-        added = constants[0].keys() ^ constants[1].keys() if all(constants) else ()
-        if differing := first_difference(recipe, recipes[0], {"seed", *added}):
+        one, other = recipe, recipes[0]
+        if one.get("constants") and other.get("constants"):  # which early records lack
+            # A constant that only one version of the script has is not compared. Most lead to settings, which are.
+            shared = one["constants"].keys() & other["constants"].keys()
+            one, other = (
+                each | {"constants": {name: each["constants"][name] for name in shared}} for each in (one, other)
+            )
+        if differing := first_difference(one, other, {"seed"}):
             raise UserError(
                 f"the records of {records[0]['run']} and its other seeds have no common mean: one has {differing}; "
                 "move one kind into another folder"

@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
         if not re.search("out of memory|can't allocate memory|STATUS_ALLOC_FAILED", " ".join(texts)):
             raise
         on_gpu = re.search("CUDA|CUBLAS|CUDNN", str(causes))
-        where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some")
+        where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some memory")
         exit_with(2, f"error: out of memory on {where}; train with a smaller --batch-size, or {otherwise}")
 
 

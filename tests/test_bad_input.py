@@ -202,7 +202,7 @@ def failing(error):
             RuntimeError("CUDA out of memory."),
             "out of memory on the GPU; train with a smaller --batch-size, or use --d",
         ),
-        (MemoryError(), "out of memory on this machine; train with a smaller --batch-size, or free some"),
+        (MemoryError(), "out of memory on this machine; train with a smaller --batch-size, or free some m"),
     ],
     ids=["no kernel image", "GPU memory", "memory"],
 )

@@ -137,8 +137,9 @@ def test_the_other_commands(script, tmp_path, folders):
     assert (run / "confusion.png").exists()
 
 
-@pytest.mark.parametrize("name", ["profile", "throughput"])
-def test_the_benchmarks(name):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--only", "r1.py", "--data", "synthetic"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [("profile", []), ("throughput", ["--rounds", "1"])])
+def test_the_benchmarks(name, flags):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--only", "batch-size", "--data", "synthetic", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0 and torch.cuda.get_device_name() in done.stdout, done.stderr

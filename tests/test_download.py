@@ -115,8 +115,8 @@ def get(server, tmp_path, capsys, monkeypatch):
     [
         ("file:///etc/passwd", "file address: not an address that begins with http:// or https://"),
         ("data:text/plain,x", "data address: not an address that begins with http:// or https://"),
-        ("mirror", "an incomplete address: not an address that begins with http:// or https://"),
-        ("http://[host]/x", "an incomplete address: not an address that begins with http:// or https://"),
+        ("mirror", "an unusable address: not an address that begins with http:// or https://"),
+        ("http://[x", "an unusable address: not an address that begins with http:// or https://"),
         ("http://", "http address: not an address that begins with http:// or https://"),
     ],
 )

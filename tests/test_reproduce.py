@@ -339,7 +339,7 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
     run_side_by_side(tasks, 3, lambda number: {}, lambda task, number, line: lines.append((task.name, line)), finish)
     assert sorted(lines) == [(name, name) for name in "abcdf"]
     errors = {"d": "exit status 3; its own error says why", "e": "waited for d"}
-    killed = {"k": "killed by SIGKILL, as when memory runs out; run fewer at once"}
+    killed = {"k": "killed by SIGKILL, as when memory runs out; use fewer --jobs"}
     assert ended == dict.fromkeys("abcf") | errors | killed and [*ended].index("a") < [*ended].index("b")
     ended.clear()
     chain = [*tasks[3:5], Task("g", command("g", 0), after="e")]
@@ -434,7 +434,7 @@ def test_the_summary_of_several_seeds():
     assert summary(records[:1]) == "67.0" and summary([]) == ""
     of_another_row = recipe | {"constants": {"LR": 0.1, "EPOCHS": {"plain": 2, "flip": 9}}}
     assert "n = 4" in summary([*records, records[0] | {"recipe": of_another_row}])
-    of_a_later_script = recipe | {"constants": {"LR": 0.1, "CUTOUT_OF_ANOTHER_ROW": 12}}
+    of_a_later_script = recipe | {"constants": {"LR": 0.1, "OF_ANOTHER_ROW": 12, "OF_ROWS": {"r4": 1}}}
     assert "n = 4" in summary([*records, records[0] | {"recipe": of_a_later_script}])
     for other, words in (
         ({"recipe": recipe | {"constants": {"LR": 0.2}}}, "LR 0.2, this one has 0.1"),
