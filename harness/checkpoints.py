@@ -183,11 +183,7 @@ class Checkpoints:
             parts = {name: part for name, part in parts.items() if name != "scheduler"}
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
-        if checkpoint["parameters"] != self.train_step.parameter_names():  # the optimizer's state goes by position
-            raise UserError(
-                f"{path} has its weights in another order than {self.network['model']} and its optimizer have now, and "
-                "the optimizer's state depends on that order; start without --resume"
-            )
+        self.train_step.check_state(path, checkpoint)
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
@@ -208,6 +204,8 @@ class Checkpoints:
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
         """Raise UserError if the checkpoint's recipe differs from this run's. A base has to agree only in part."""
         ours, may_differ = self.recipe, {"lr"}
+        if recipe.keys() != ours.keys():
+            raise UserError(f"{path} is from another version of these scripts; start without --resume")
         if is_base:
             recipe, ours = (
                 {name: each[name] for name in ("seed", "holdout", "batch_size", "data")}
@@ -227,11 +225,16 @@ class Checkpoints:
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
-        best = self.best_file(self.folder, checkpoint)
-        if best and not (path.exists() and path.read_bytes() == best):
+        if self.find_best(self.folder) == path:
+            return
+        if best := self.best_file(self.folder, checkpoint):
             write_atomically(path, best, keep=previous)
-        elif not best and path.exists():
+        elif path.exists():
             path.replace(previous)
+
+    def find_best(self, folder: Path) -> Path | None:
+        """Return the folder's file of the log's best epoch, or None."""
+        return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
     def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
         """Return the content of the best epoch's file, from the folder or from the checkpoint.
@@ -239,7 +242,7 @@ class Checkpoints:
         If neither has it, a line says so and None is returned.
         """
         row = self.records.best_row()
-        if path := find_best(folder, row, {key: self.network[key] for key in self.NETWORK}):
+        if path := self.find_best(folder):
             return path.read_bytes()
         if row["epoch"] == checkpoint["epoch"]:
             return checkpoint_bytes({key: checkpoint[key] for key in (*self.network, *self.BEST) if key in checkpoint})

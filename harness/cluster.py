@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from harness.jobs import Task, reason
-from harness.terminal import IN_USE, Interrupted, UserError, escape_unprintable
+from harness.terminal import IN_USE, UserError, escape_unprintable
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -67,7 +67,7 @@ def run_on_cluster(
         while names:
             done, _ = ray.wait([*names], timeout=POLL_SECONDS)
             if signals:
-                raise Interrupted(signals[0], "; the same command resumes")
+                handlers[signals[0]](signals[0], None)  # raises, and ignores further signals
             for name, line in lines.get_nowait_batch(lines.qsize()):
                 if name not in names.values():  # a machine that was taken for lost is still at a finished task
                     continue
@@ -88,7 +88,7 @@ def run_on_cluster(
         if names:
             ray.wait([*names], num_returns=len(names), timeout=PATIENCE_SECONDS)
         ray.shutdown()
-        if not signals:  # or this process ends now, and another Ctrl-C must not disturb it
+        if not signals:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

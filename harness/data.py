@@ -194,9 +194,9 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     aspect ratio.
     """
     try:
-        if os.path.islink(path) and not os.path.exists(path):
-            raise UserError(f"{path} is a link to a file that is gone; remove it")
         if not os.path.exists(path):
+            if os.path.islink(path):
+                raise UserError(f"{path} is a link to a file that is gone; remove it")
             raise UserError(f"{path} does not exist; name a picture or a folder of them")
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file; remove it")  # reading a pipe would block for ever

@@ -108,6 +108,7 @@ def check_members(checkpoint: object) -> None:
     """Raise ValueError if this is not a checkpoint as these scripts write it, for inference or for resuming."""
     required = {"model": str, "arguments": dict, "classes": list, "mean": list, "std": list, "weights": dict}
     optional = {"recipe": dict, "rows": list, "optimizer": dict, "scaler": dict, "scheduler": dict, "figures": dict}
+    optional |= {"parameters": list, "trained_on": list}
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= required.keys() | {"epoch"}:
         raise ValueError("not written by these scripts")
     for name, kind in (required | optional).items():

@@ -1,6 +1,7 @@
 """One step of training, and the meter of an epoch."""
 
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -96,6 +97,24 @@ class TrainStep:
         """Return the names of the optimizer's parameters, by group."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def check_state(self, path: Path, checkpoint: dict) -> None:
+        """Raise UserError if the checkpoint's optimizer state, which goes by position, is for other parameters.
+
+        checkpoint: with `weights`, `optimizer` and the names of its `parameters`.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        same = [*checkpoint["weights"]] == [*self.model.state_dict()]
+        same &= checkpoint["parameters"] == self.parameter_names()
+        for position, state in checkpoint["optimizer"]["state"].items():
+            for name, value in state.items():
+                if name in ("momentum_buffer", "exp_avg", "exp_avg_sq") and isinstance(value, torch.Tensor):
+                    same &= position < len(parameters) and value.shape == parameters[position].shape
+        if not same:
+            raise UserError(
+                f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
+                "and the optimizer's state depends on that order; start without --resume"
+            )
 
     def change_lr(self, before: float, lr: float, scheduler: LRScheduler | None) -> None:
         """Scale all learning rates of the optimizer and the schedule, for a run at --lr `lr` instead of `before`."""

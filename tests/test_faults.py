@@ -324,6 +324,7 @@ def test_members_of_another_type_are_refused(last, tmp_path):
         ({"rows": [{"epoch": 1}]}, "its rows are not a log"),
         ({"recipe": []}, "its recipe is a list, not a dict"),
         ({"recipe": {}}, "its recipe does not name its run and data"),
+        ({"parameters": {}}, "its parameters is a dict, not a list"),
         ({"classes": "cat"}, "its classes is a str, not a list"),
         ({"optimizer": None}, "its optimizer is a NoneType, not a dict"),
         ({"weights": {"a": torch.tensor([1, torch.nan])}}, "its weights a are not finite numbers"),

@@ -136,11 +136,12 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
     drawn = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
-        plot.seeds({"r1": [60, 61, 63], "r1-flip": [67]}, "seeds")
-    (axis,) = drawn["seeds"].axes
+        patch.setattr(sys, "argv", ["plot.py", str(tmp_path / "mine")])
+        plot.main()
+    (axis,) = drawn[tmp_path / "mine/seeds.png"].axes
     dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
-    assert [sorted(values) for values in dots] == [[60, 61, 63], [67]]
-    assert [text.get_text() for text in axis.texts] == ["61.33, n = 3", "67.00, n = 1"]
+    assert [sorted(values) for values in dots] == [[67], [60, 61, 63]]
+    assert [text.get_text() for text in axis.texts] == ["67.00, n = 1", "61.33, n = 3"]
 
 
 def test_costs_add_up(monkeypatch):

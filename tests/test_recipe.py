@@ -67,11 +67,27 @@ def test_an_edited_order_of_parameters_is_not_resumed(script, refused, tmp_path,
     last = tmp_path / "checkpoints/cifar10_r1/last.pt"
     checkpoint = torch.load(last, weights_only=True)
     words = "has its weights in another order than TutorialCNN and its optimizer have now"
-    torch.save(checkpoint | {"parameters": [list(reversed(checkpoint["parameters"][0]))]}, last)
-    assert words in refused(R1, *flags)
+    for changed in (
+        {"weights": dict(reversed(checkpoint["weights"].items()))},
+        {"parameters": [list(reversed(checkpoint["parameters"][0]))]},
+        {"optimizer": checkpoint["optimizer"] | {"state": {0: checkpoint["optimizer"]["state"][1]}}},
+    ):
+        torch.save(checkpoint | changed, last)
+        assert words in refused(R1, *flags)
     torch.save(checkpoint, last)
     groups = ("model.parameters(), lr", '[{"params": [p]} for p in model.parameters()], lr')
     assert "optimizer groups 1, this one has 10;" in refused(edited(tmp_path, R1, groups), *flags)
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(script, refused, tmp_path, folders):
+    flags = [R1, "--data", folders, "--resume", "--epochs"]
+    script(*flags, 1)
+    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    lacking = {name: value for name, value in checkpoint["recipe"].items() if name != "holdout"}
+    for recipe in (lacking, checkpoint["recipe"] | {"new": 0}):
+        torch.save(checkpoint | {"recipe": recipe}, last)
+        assert "last.pt is from another version of these scripts; start without --resume" in refused(*flags, 2)
 
 
 def test_fewer_epochs_than_are_done(script, refused, tmp_path, folders):
