@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-import plot
 from harness.data import load_data
+from harness.drawing import own_settings, picture, save
 
 WANTED = "samples (image, label), or all images as one tensor of shape (N, C, H, W)"
 
@@ -131,7 +131,7 @@ def check_image(i: int, image: torch.Tensor) -> None:
         raise UserError(f"image {i} has values of {image.dtype}, whose range is not known; convert them to uint8")
 
 
-@plot.own_settings
+@own_settings
 def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None:
     """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after normalisation.
 
@@ -160,13 +160,13 @@ def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None
     axes[0].text(-0.03, -0.06 * top, "mean and std\nof all pixels", va="center", size="small")
     axes[1].set(xlabel="(value - mean) / std", title="after normalisation")
     axes[0].legend(loc="upper left", frameon=False, title="normalised with", alignment="left")
-    plot.save(figure, path)
+    save(figure, path)
 
 
 def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_data()
-    parser.add_argument("--plot", type=plot.picture, metavar="FILE", help="draw the histograms into this file")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
     data = load_data(args.data)
     statistics = get_statistics(data.train_images)

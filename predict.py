@@ -139,9 +139,9 @@ def exported_file(name: str) -> Path:
 
 def picture_file(name: str) -> Path:
     """Return the path of a picture to draw."""
-    import plot  # here, because it imports matplotlib, which would make every start slower
+    from harness.drawing import picture  # here, because it imports matplotlib, which would make every start slower
 
-    return plot.picture(name)
+    return picture(name)
 
 
 def percentages(probabilities: dict[str, float]) -> list[str]:
@@ -203,9 +203,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(network | {"predictions": predictions}, indent=1))
     if args.plot:
-        import plot
+        from harness.drawing import pictures
 
-        plot.pictures({each["file"]: percentages(each["probabilities"]) for each in predictions}, args.plot)
+        pictures({each["file"]: percentages(each["probabilities"]) for each in predictions}, args.plot)
         print(f"the pictures are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
 

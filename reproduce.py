@@ -31,12 +31,13 @@ from harness.terminal import CommandLine, UserError, handle_signals, nonempty_pa
 # PyTorch comes after our own, see harness/__init__.py
 import torch
 
-import plot
+from harness import drawing
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
+from harness.records import read_log
 from harness.results import (
     RESULTS,
     Machines,
@@ -118,7 +119,7 @@ class Job(NamedTuple):
     def epoch_seconds(self) -> list[float]:
         """Return the seconds of each finished epoch, or none if the log cannot be read. The run will rewrite it."""
         try:
-            return [row["seconds"] for row in plot.read_log(self.folder)]
+            return [row["seconds"] for row in read_log(self.folder)]
         except (UserError, OSError):
             return []
 
@@ -257,17 +258,17 @@ def write_readme() -> None:
             continue
         usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
         shown = [name for name in first if usual[name] == name or usual[name] not in first]
-        plot.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
+        drawing.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
         runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
         operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
         logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
-        plot.costs(logs, operations, RESULTS / machine / "costs.png")
+        drawing.costs(logs, operations, RESULTS / machine / "costs.png")
         several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
         if several:
-            plot.seeds(several, RESULTS / machine / "seeds.png")
+            drawing.seeds(several, RESULTS / machine / "seeds.png")
         best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
         confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
-        plot.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
+        drawing.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
 
 
 def check_is_writable(folder: Path) -> None:

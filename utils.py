@@ -162,7 +162,7 @@ def finish(checkpoints: Checkpoints, data: Data, model: nn.Module, test_loader: 
     confusion = confusion_matrix(logits, test_loader.labels.cpu())
     checkpoints.finish(confusion, per_class_accuracy(confusion))
     if RANK == 0 and not checkpoints.args.evaluate:
-        import plot  # here, because it imports matplotlib, which would slow down every start
+        from harness.drawing import draw  # here, because it imports matplotlib, which would slow down every start
 
-        plot.draw(checkpoints.folder, logits, data)
+        draw(checkpoints.folder, logits, confusion, data)
     checkpoints.leave()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import plot
 from harness.devices import device_name
+from harness.records import read_log
 from harness.terminal import CommandLine, run
 
 IMAGES = 10_000  # training images in the synthetic dataset
@@ -33,7 +33,7 @@ def images_per_second(script: str, threads: str, command: list[str]) -> float:
         flags = ["--data", "synthetic", "--device", "cpu", "--epochs", "2", "--checkpoints", checkpoints]
         subprocess.run([*command, script, *flags], env=environment, stdout=subprocess.DEVNULL, check=True)
         (log,) = Path(checkpoints).glob("*/log.csv")
-        return IMAGES / plot.read_log(log.parent)[1]["seconds"]
+        return IMAGES / read_log(log.parent)[1]["seconds"]
 
 
 def main() -> None:

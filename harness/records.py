@@ -17,6 +17,7 @@ import torchvision
 from harness.devices import device_name, name_precision, peak_memory
 from harness.files import write_atomically
 from harness.processes import WORLD_SIZE
+from harness.terminal import UserError
 
 TUTORIAL_NAMES = {"airplane": "plane", "automobile": "car"}  # as the official tutorial prints these classes
 
@@ -122,6 +123,20 @@ class Records:
             "epochs": self.rows,
         }
         write_atomically(self.folder / "run.json", record_text(record).encode())
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's log.csv as dicts by column name. Raise UserError if it is missing or not a log."""
+    try:
+        with open(folder / "log.csv", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        if rows and rows[0].keys() >= {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}:
+            return rows
+    except FileNotFoundError:
+        raise UserError(f"no {folder / 'log.csv'}; name the folder of a run, as in checkpoints/") from None
+    except (ValueError, TypeError, csv.Error):  # a value is huge or no number, or there are too few or too many
+        pass
+    raise UserError(f"{folder / 'log.csv'} is not the log of a run; --resume rewrites it")
 
 
 def describe_network(model, data, train_loader) -> dict:

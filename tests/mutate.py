@@ -135,7 +135,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/shipped.py", "tensor.half()", "tensor", "test_shipped.py", "is_shipped"),
     ("harness/shipped.py", " and tensor.dim() > 1", "", "test_shipped.py", "is_shipped"),
     ("models/cpu_layers.py", " and not torch.compiler.is_compiling()", "", "test_shipped.py", "exported and ResNet18"),
-    ("plot.py", "argsort(descending=True", "argsort(descending=False", "test_plot.py", "mistakes"),
+    ("harness/drawing.py", "argsort(descending=True", "argsort(descending=False", "test_plot.py", "mistakes"),
     ("models/cpu_layers.py", "3 * rows[:, None, :, None]", "rows[:, None, :, None]", "test_models.py", "conv3x3"),
     ("models/resnet.py", "stride=1, padding=1", "stride=2, padding=1", "test_models.py", ""),
     ("models/mobilenetv2.py", "[6, 24, 2, 1]", "[6, 24, 2, 2]", "test_models.py", ""),

@@ -13,6 +13,7 @@ from helpers import R1, ROOT, write_images
 from PIL import Image
 
 import plot
+from harness import drawing
 from harness.results import RESULTS
 
 PICTURES = ("curves.png", "confusion.png", "mistakes.png")
@@ -55,14 +56,14 @@ def test_evaluate_draws_nothing(script, tmp_path, folders):
 def test_figures_of_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch):
     """The texts in the pictures are right for matrices and logits with known answers."""
     texts = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: texts.append(all_texts(figure)))
-    plot.confusion(torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 3]]), ["cat", "dog", "frog"], "network", tmp_path)
+    monkeypatch.setattr(drawing, "save", lambda figure, path: texts.append(all_texts(figure)))
+    drawing.confusion(torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 3]]), ["cat", "dog", "frog"], "network", tmp_path)
     assert {"80.0", "20.0", "100.0", "25.0", "75.0"} <= set(texts[0]) and "0.0" not in texts[0]
 
     labels = torch.tensor([0, 0, 1, 2])
     logits = torch.tensor([[9.0, 0, 0], [0, 2, 0], [0, 0, 5], [0, 0, 1]])  # the second and the third are wrong
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    plot.mistakes(images, labels, logits, ["cat", "dog", "frog"], "network", tmp_path)
+    drawing.mistakes(images, labels, logits, ["cat", "dog", "frog"], "network", tmp_path)
     shown = [text for text in texts[1] if "\nis " in text]
     assert shown == ["frog 98.7 %\nis dog", "dog 78.7 %\nis cat"]
     assert any("2 of 4 images wrong" in text for text in texts[1])
@@ -135,7 +136,7 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
     assert "mine/r1-seed3.json is not a record of a run; skipped\n" in out and "drawn in mine/seeds.png" in out
     drawn = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+        patch.setattr(drawing, "save", lambda figure, path: drawn.update({path: figure}))
         patch.setattr(sys, "argv", ["plot.py", str(tmp_path / "mine")])
         plot.main()
     (axis,) = drawn[tmp_path / "mine/seeds.png"].axes
@@ -146,12 +147,12 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
 
 def test_costs_add_up(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.update({path: figure}))
     logs = {
         "r1": [{"test_accuracy": a, "seconds": s} for a, s in ((60, 60), (61, 60), (65, 240))],
         "r2": [{"test_accuracy": 80, "seconds": 600}],
     }
-    plot.costs(logs, {"r1": 0.75, "r2": 2}, "costs")
+    drawing.costs(logs, {"r1": 0.75, "r2": 2}, "costs")
     minutes, operations = drawn["costs"].axes
     curves = [
         [[*line.get_xdata()] for line in axis.lines if line.get_marker() != "o"] for axis in (minutes, operations)
@@ -163,11 +164,11 @@ def test_costs_add_up(monkeypatch):
 
 def test_no_label_of_the_costs_lies_on_another_or_on_a_dot(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.update({path: figure}))
     logs = {
         name: [{"test_accuracy": accuracy, "seconds": 60}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))
     }
-    plot.costs(logs, dict.fromkeys(logs, 1), "costs")
+    drawing.costs(logs, dict.fromkeys(logs, 1), "costs")
     for axis in drawn["costs"].axes:
         boxes = [text.get_window_extent() for text in axis.texts]
         dots = [axis.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in axis.lines]

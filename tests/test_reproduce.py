@@ -15,10 +15,11 @@ import pytest
 import torch
 from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, write_images
 
-import plot
 import reproduce
+from harness import drawing
 from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side
+from harness.records import read_log
 from harness.results import RESULTS, comparison, read_records, results_table, summary
 from harness.statistics import difference, interval, t_quantile
 from harness.terminal import UserError
@@ -26,7 +27,7 @@ from harness.terminal import UserError
 
 def wait_for_epochs(process, folder, count):
     while process.is_alive():
-        if (folder / "log.csv").exists() and len(plot.read_log(folder)) >= count:
+        if (folder / "log.csv").exists() and len(read_log(folder)) >= count:
             return
         time.sleep(0.01)
     raise AssertionError("the process ended before it was interrupted")
@@ -146,7 +147,7 @@ def test_a_damaged_log_is_written_anew(start, script, tmp_path, folders):
     log.rmdir()
     log.write_text(f"epoch,lr\n{'9' * 200_000}\n")
     assert "[1/1] r1, seed 0, not begun: " in script("reproduce.py", *flags).stdout
-    assert len(plot.read_log(log.parent)) == 26
+    assert len(read_log(log.parent)) == 26
 
 
 def test_a_folder_for_records_that_cannot_be_written(refused, script, tmp_path, folders):
@@ -464,7 +465,7 @@ def test_the_pictures_are_of_the_records(monkeypatch):
     drawn = {}
     monkeypatch.setattr(reproduce, "pages", lambda machines: {})
     for name in ("curves", "costs", "seeds", "confusion"):
-        monkeypatch.setattr(plot, name, lambda *arguments, name=name: drawn.setdefault(name, arguments))
+        monkeypatch.setattr(drawing, name, lambda *arguments, name=name: drawn.setdefault(name, arguments))
     reproduce.write_readme()
     rows = read_records()["cpu"]
     logs, operations, path = drawn["costs"]
