@@ -16,7 +16,6 @@ beside it.
 """
 
 import argparse
-import math
 import os
 import re
 import statistics
@@ -31,26 +30,23 @@ from harness.terminal import CommandLine, UserError, handle_signals, nonempty_pa
 # PyTorch comes after our own, see harness/__init__.py
 import torch
 
-from harness import drawing
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
+from harness.pages import write_pages
 from harness.records import read_log
 from harness.results import (
     RESULTS,
-    Machines,
-    by_class_table,
     compare,
     comparison,
     minutes,
     read_record,
     read_records,
-    results_table,
     training_seconds,
 )
-from harness.shipped import ship, shipped_tables
+from harness.shipped import ship
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
 ROOT = Path(__file__).resolve().parent
@@ -83,11 +79,6 @@ ROWS = {
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
     "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
 }
-# r3's accuracy by class in the notes that these scripts grew from
-R3_BY_CLASS = {
-    "airplane": 86.2, "automobile": 91.3, "bird": 76.3, "cat": 59.7, "deer": 85.4,
-    "dog": 80.2, "frog": 89.3, "horse": 87.1, "ship": 91.6, "truck": 91.5,
-}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -217,60 +208,6 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
 
 
-def fill(text: str, tables: dict[str, str]) -> str:
-    """Return the text with its tables rewritten, each between two comments. Raise UserError if these are missing."""
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, found_too, after = rest.partition(end)
-        if not (found and found_too):
-            raise UserError(f"there is no place for the table {name!r}; put its two comments back")
-        text = before + begin + table + end + after
-    return text
-
-
-def pages(machines: Machines) -> dict[Path, str]:
-    """Return the pages with their tables rewritten, by path. Raise UserError if a table has no place."""
-    networks, networks_by_class = shipped_tables()
-    tables = {
-        ROOT / "README.md": {"results": results_table(ROWS, machines)},
-        ROOT / "checkpoints/README.md": {"networks": networks, "networks by class": networks_by_class},
-        ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
-        ROOT / "docs/speed.md": {name: measured(name) for name in ("throughput", "alternatives")},
-    }
-    return {path: fill(path.read_text(), own) for path, own in tables.items()}
-
-
-def measured(name: str) -> str:
-    """Return a benchmark's output on each machine: its Markdown file in each folder of results/."""
-    texts = [path.read_text().strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
-    return "\n\n".join(texts) or "Not measured yet."
-
-
-def write_readme() -> None:
-    """Write the tables of README and docs, and each machine's pictures into its folder of results/."""
-    machines = read_records()
-    for path, text in pages(machines).items():
-        write_atomically(path, text.encode())
-    for machine, rows in machines.items():
-        first = {name: rows[name][0] for name in ROWS if name in rows}
-        if not first:
-            continue
-        usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
-        shown = [name for name in first if usual[name] == name or usual[name] not in first]
-        drawing.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
-        runs = {name: [first[part] for part in (ROWS[name].after, name) if part in first] for name in shown}
-        operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
-        logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
-        drawing.costs(logs, operations, RESULTS / machine / "costs.png")
-        several = {name: [record["accuracy"] for record in rows[name]] for name in first if len(rows[name]) > 1}
-        if several:
-            drawing.seeds(several, RESULTS / machine / "seeds.png")
-        best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
-        confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
-        drawing.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
-
-
 def check_is_writable(folder: Path) -> None:
     """Raise UserError if the folder cannot be written, before a row trains for hours."""
     try:
@@ -323,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.readme:
-        write_readme()
+        write_pages(ROWS)
         return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
     results = args.results if args.results.name else args.results.resolve()  # "." has no name

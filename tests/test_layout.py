@@ -28,6 +28,7 @@ ROOMS = {  # in order, with the rooms that each may import
     "drawing": "terminal files data statistics records",
     "results": "terminal statistics recipe",
     "shipped": "terminal files results",
+    "pages": "terminal files drawing results shipped",
     "folder": "terminal files",
     "checkpoints": "terminal files processes operations recipe records folder",
 }

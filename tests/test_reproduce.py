@@ -16,7 +16,7 @@ import torch
 from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, write_images
 
 import reproduce
-from harness import drawing
+from harness import drawing, pages
 from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side
 from harness.records import read_log
@@ -463,10 +463,10 @@ def test_each_record_is_of_its_row(name, row):
 
 def test_the_pictures_are_of_the_records(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(reproduce, "pages", lambda machines: {})
+    monkeypatch.setattr(pages, "filled_pages", lambda rows, machines: {})
     for name in ("curves", "costs", "seeds", "confusion"):
         monkeypatch.setattr(drawing, name, lambda *arguments, name=name: drawn.setdefault(name, arguments))
-    reproduce.write_readme()
+    pages.write_pages(reproduce.ROWS)
     rows = read_records()["cpu"]
     logs, operations, path = drawn["costs"]
     assert path == RESULTS / "cpu/costs.png" and "r4-long" not in logs
@@ -481,22 +481,22 @@ def test_the_pictures_are_of_the_records(monkeypatch):
 
 
 def test_a_folder_without_records_has_no_pictures(monkeypatch):
-    monkeypatch.setattr(reproduce, "read_records", lambda: {"new": {}})
-    monkeypatch.setattr(reproduce, "pages", lambda machines: {})
-    reproduce.write_readme()
+    monkeypatch.setattr(pages, "read_records", lambda: {"new": {}})
+    monkeypatch.setattr(pages, "filled_pages", lambda rows, machines: {})
+    pages.write_pages(reproduce.ROWS)
     assert not (ROOT / "results/new").exists()
 
 
 def test_readme_and_docs_say_what_the_records_say():
     """If they differ, `python reproduce.py --readme` rewrites them."""
-    assert all(path.read_text() == text for path, text in reproduce.pages(read_records()).items())
+    assert all(path.read_text() == text for path, text in pages.filled_pages(reproduce.ROWS, read_records()).items())
     text = (ROOT / "README.md").read_text()
     with pytest.raises(UserError, match="there is no place for the table 'results'"):
-        reproduce.fill(text.replace("<!-- end of results -->", ""), {"results": ""})
+        pages.fill(text.replace("<!-- end of results -->", ""), {"results": ""})
     changed = text.replace("| `python cifar10_r1.py` | 60 |", "| `python cifar10_r1.py` | 61 |")
     table = {"results": results_table(reproduce.ROWS, read_records())}
-    assert changed != text and reproduce.fill(changed, table) == text
-    pages = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "checkpoints/README.md"))
-    for page in (*pages, *(ROOT / "docs").glob("*.md")):
+    assert changed != text and pages.fill(changed, table) == text
+    paths = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "checkpoints/README.md"))
+    for page in (*paths, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"

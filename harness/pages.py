@@ -1,0 +1,76 @@
+"""The tables and pictures of README and docs, made from the records in results/."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from harness import drawing
+from harness.files import write_atomically
+from harness.results import RESULTS, Machines, by_class_table, read_records, results_table
+from harness.shipped import shipped_tables
+from harness.terminal import UserError
+
+ROOT = RESULTS.parent
+# r3's accuracy by class in the notes that these scripts grew from
+R3_BY_CLASS = {
+    "airplane": 86.2, "automobile": 91.3, "bird": 76.3, "cat": 59.7, "deer": 85.4,
+    "dog": 80.2, "frog": 89.3, "horse": 87.1, "ship": 91.6, "truck": 91.5,
+}  # fmt: skip
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """Return the text with its tables rewritten, each between two comments. Raise UserError if these are missing."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: written by reproduce.py --readme -->\n\n", f"\n\n<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        _, found_too, after = rest.partition(end)
+        if not (found and found_too):
+            raise UserError(f"there is no place for the table {name!r}; put its two comments back")
+        text = before + begin + table + end + after
+    return text
+
+
+def filled_pages(rows, machines: Machines) -> dict[Path, str]:
+    """Return the pages with their tables rewritten, by path. Raise UserError if a table has no place."""
+    networks, networks_by_class = shipped_tables()
+    tables = {
+        ROOT / "README.md": {"results": results_table(rows, machines)},
+        ROOT / "checkpoints/README.md": {"networks": networks, "networks by class": networks_by_class},
+        ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
+        ROOT / "docs/speed.md": {name: measured(name) for name in ("throughput", "alternatives")},
+    }
+    return {path: fill(path.read_text(), own) for path, own in tables.items()}
+
+
+def measured(name: str) -> str:
+    """Return a benchmark's output on each machine: its Markdown file in each folder of results/."""
+    texts = [path.read_text().strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
+    return "\n\n".join(texts) or "Not measured yet."
+
+
+def write_pages(rows) -> None:
+    """Write the tables of README and docs, and each machine's pictures into its folder of results/.
+
+    rows: reproduce.py's, by name.
+    """
+    machines = read_records()
+    for path, text in filled_pages(rows, machines).items():
+        write_atomically(path, text.encode())
+    for machine, records in machines.items():
+        first = {name: records[name][0] for name in rows if name in records}
+        if not first:
+            continue
+        usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
+        shown = [name for name in first if usual[name] == name or usual[name] not in first]
+        drawing.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
+        runs = {name: [first[part] for part in (rows[name].after, name) if part in first] for name in shown}
+        operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
+        logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
+        drawing.costs(logs, operations, RESULTS / machine / "costs.png")
+        several = {name: [record["accuracy"] for record in records[name]] for name in first if len(records[name]) > 1}
+        if several:
+            drawing.seeds(several, RESULTS / machine / "seeds.png")
+        best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
+        confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
+        drawing.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
