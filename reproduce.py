@@ -37,15 +37,7 @@ from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
 from harness.pages import write_pages
 from harness.records import read_log
-from harness.results import (
-    RESULTS,
-    compare,
-    comparison,
-    minutes,
-    read_record,
-    read_records,
-    training_seconds,
-)
+from harness.results import RESULTS, compare, comparison, minutes, read_record, read_records, training_seconds
 from harness.shipped import ship
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
