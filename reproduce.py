@@ -35,7 +35,6 @@ from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import sha256_of, write_atomically
 from harness.jobs import Bars, Task, run_side_by_side
-from harness.pages import write_pages
 from harness.records import read_log
 from harness.results import RESULTS, compare, comparison, minutes, read_record, read_records, training_seconds
 from harness.shipped import ship
@@ -252,6 +251,8 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.readme:
+        from harness.pages import write_pages  # here, because it imports matplotlib, which would slow down every start
+
         write_pages(ROWS)
         return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
