@@ -1,4 +1,4 @@
-"""Batches on the device: their order, flips, crops, cutout and normalisation."""
+"""Batches on the device: their order, flips, crops, normalisation, jitter and cutout."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ class Loader:
     each image in every second epoch (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
     crop: shift each image by up to so many pixels, as RandomCrop(32, padding=crop) does.
     reflect: fill the border of a shifted image with its mirror image instead of black.
+    jitter: add a random number from -jitter to jitter to each normalised image, which changes its brightness, then
+    multiply it by one from 1 - jitter to 1 + jitter, which changes its contrast.
     cutout: grey out a square of this side around a random pixel (DeVries and Taylor, "Improved Regularization of
     Convolutional Neural Networks with Cutout", 2017).
     transform: of torchvision.transforms.v2, after flip and crop. It draws from PyTorch's global generator, which
@@ -51,6 +53,7 @@ class Loader:
         flip: bool | str = False,
         crop: int = 0,
         reflect: bool = False,
+        jitter: float = 0,
         cutout: int = 0,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -62,7 +65,8 @@ class Loader:
         self.mean, self.std, self.device, self.dtype = list(mean), list(std), device, dtype
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
         self.training, self.seed, self.epoch = training, seed, 0
-        self.flip, self.crop, self.reflect, self.cutout, self.transform = flip, crop, reflect, cutout, transform
+        self.flip, self.crop, self.reflect, self.jitter = flip, crop, reflect, jitter
+        self.cutout, self.transform = cutout, transform
         # Batch sizes differ by at most one. No batch has one image, on which batch-norm cannot train, unless all have.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
@@ -98,7 +102,8 @@ class Loader:
             flips = torch.randint(2, (n,), generator=generator_of_all)[order] != self.epoch % 2
         rows, columns = torch.randint(2 * self.crop + 1, (2, n), generator=generator)
         cut_rows, cut_columns = torch.randint(SIDE, (2, n), generator=generator)
-        draws = (order, flips, rows, columns, cut_rows, cut_columns)
+        brightness, contrast = self.jitter * torch.rand(2, n, 1, generator=generator).mul(2).sub(1)
+        draws = (order, flips, rows, columns, cut_rows, cut_columns, brightness, contrast)
         on_cuda = self.device.type == "cuda"  # elsewhere non_blocking may read freed memory (pytorch issue 139550)
         draws = [draw[self.positions].to(self.device, non_blocking=on_cuda) for draw in draws]
         at_a_time = 512 if self.device.type == "cpu" else 2048  # few enough for a CPU's cache, many enough for a GPU
@@ -110,7 +115,9 @@ class Loader:
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
             start = stop
 
-    def prepare(self, order, flips, rows, columns, cut_rows, cut_columns) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(
+        self, order, flips, rows, columns, cut_rows, cut_columns, brightness, contrast
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images and labels at the indices `order`, augmented with these draws, one for each image."""
         # Each image is a row of bytes, because index_select copies contiguous memory as a whole, while indexing with a
         # tensor goes byte by byte.
@@ -121,8 +128,10 @@ class Loader:
             images = flip(images, flips)
         if self.transform:
             images = transform_groups(images, self.transform)
-        images = images.float().sub_(self.shift).div_(self.scale).to(self.dtype)
-        images = images.unflatten(1, (SIDE, SIDE, PIXEL)).permute(0, 3, 1, 2)
+        images = images.float().sub_(self.shift).div_(self.scale)
+        if self.jitter:
+            images.add_(brightness).mul_(1 + contrast)
+        images = images.to(self.dtype).unflatten(1, (SIDE, SIDE, PIXEL)).permute(0, 3, 1, 2)
         if self.cutout:
             cut_out(images, cut_rows, cut_columns, self.cutout)
         return images, self.labels[order]

@@ -262,6 +262,22 @@ def test_cutout_is_a_square_around_a_random_pixel():
     assert holes[:, 8:-8, 8:-8].float().mean() == pytest.approx(64 / 32**2, rel=0.1)  # a pixel's chance to be cut out
 
 
+def test_jitter_adds_a_number_to_each_image_and_multiplies_it_by_another():
+    loader = make_loader(4096, batch_size=256, mean=(0.5,) * 3, std=(0.5,) * 3, jitter=0.2)
+    loader.images[:, :, :16], loader.images[:, :, 16:] = 51, 204  # -0.6 and 0.6, normalised
+    images = torch.cat([images for images, _ in loader])
+    dark, bright = images[:, 0, 0, 0], images[:, 0, -1, 0]
+    expected = torch.stack([dark, bright], 1)[:, None, :, None].repeat_interleave(16, 2).expand_as(images)
+    assert torch.equal(images, expected)
+    contrast = (bright - dark) / 1.2
+    brightness = (bright + dark) / 2 / contrast
+    for drawn, middle in ((contrast, 1), (brightness, 0)):
+        offset = drawn - middle
+        assert offset.min() == pytest.approx(-0.2, abs=0.002) and offset.max() == pytest.approx(0.2, abs=0.002)
+        assert offset.mean() == pytest.approx(0, abs=0.01) and offset.std() == pytest.approx(0.4 / 12**0.5, rel=0.05)
+    assert abs(torch.corrcoef(torch.stack([contrast, brightness]))[0, 1]) < 0.1
+
+
 def test_normalisation_is_torchvisions():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     loader = make_loader(mean=mean, std=std)

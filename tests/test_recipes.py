@@ -26,9 +26,9 @@ EVERY = {
     "seed": 0, "loader_seed": 0, "weights_from_seed": True,
     "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
     "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
-    "augmentation.flip": True, "augmentation.crop": 4, "augmentation.reflect": False, "augmentation.transform": None,
-    "test.flip": False, "test.crop": 0, "test.cutout": 0, "test.training": False, "training": True,
-    "scheduler.name": None, "groups": 1, "test.transform": None,
+    "augmentation.flip": True, "augmentation.crop": 4, "augmentation.reflect": False, "augmentation.jitter": 0,
+    "augmentation.transform": None, "test.flip": False, "test.crop": 0, "test.jitter": 0, "test.cutout": 0,
+    "test.training": False, "training": True, "scheduler.name": None, "groups": 1, "test.transform": None,
 }  # fmt: skip
 # Linear up to the peak and down again. Each epoch or batch has the rate at its middle.
 TRIANGLE = {"scheduler.name": "LambdaLR", "scheduler.peak": "PEAK", "scheduler.every": "epoch"}
@@ -44,7 +44,7 @@ RESNET = {"network.name": "ResNet18"}
 MUON = {
     "optimizer.name": "Muon", "groups": 3, "network.name": "WhitenedCNN", "whitened": True,
     "augmentation.flip": "alternating", "augmentation.crop": "CROP", "augmentation.reflect": True,
-    "scheduler.every": "batch",
+    "augmentation.jitter": "JITTER", "scheduler.every": "batch",
     "optimizer.group0.parameters": 6, "optimizer.group1.parameters": 6, "optimizer.group2.parameters": 1,
     "optimizer.group0.lr_multiple": 1.0, "optimizer.group1.lr_multiple": "BIAS_RATE",
     "optimizer.group2.lr_multiple": "HEAD_RATE", "optimizer.group0.momentum": "MOMENTUM",
@@ -92,7 +92,9 @@ def hand_over(path):
         train, test = loaders
         assert train is checkpoints.loader
         recipe = checkpoints.recipe | {"training": train.training, "precision": name_precision(train.dtype)}
-        recipe["test"] = {name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "cutout", "training")}
+        recipe["test"] = {
+            name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "jitter", "cutout", "training")
+        }
         recipe["test"]["transform"] = test.transform
         recipe |= {"groups": len(checkpoints.optimizer.param_groups), "images": len(train.labels)}
         recipe |= {"loader_seed": train.seed, "weights_from_seed": are_drawn_from(recipe["seed"], checkpoints.model)}
