@@ -90,7 +90,7 @@ def test_a_captured_step_is_the_step(monkeypatch, model, precision):
 def test_every_device_draws_alike():
     data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
     common = {"mean": mean, "std": mean, "dtype": torch.float32, "training": True}
-    common |= {"flip": "alternating", "crop": 4, "reflect": True, "cutout": 8}
+    common |= {"flip": "alternating", "crop": 4, "reflect": True, "jitter": 0.1, "cutout": 8}
     ours, theirs = (
         Loader(data.train_images, data.train_labels, 128, device=device, **common)
         for device in (CUDA, torch.device("cpu"))
