@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import statistics
 import warnings
 from itertools import cycle, product
 from pathlib import Path
@@ -150,13 +151,17 @@ def pictures(texts: dict[str, list[str]], path: Path) -> None:
 
 @own_settings
 def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
-    """Draw each run's accuracy in percent as a dot, by row, with the mean and its 95 % confidence interval."""
+    """Draw each run's accuracy in percent as a dot, by row, with the mean and its 95 % confidence interval.
+
+    The row with the lowest mean comes first.
+    """
+    accuracies = dict(sorted(accuracies.items(), key=lambda row: statistics.mean(row[1])))
     figure = Figure(figsize=(8, 0.9 + 0.6 * len(accuracies)), layout="constrained")
     axis = figure.subplots()
     for line, (values, color) in enumerate(zip(accuracies.values(), cycle(COLORS), strict=False)):
         heights = [line + 0.12 * (i % 5 - 2) for i in range(len(values))]  # spread out, so that equal values are seen
         axis.plot(values, heights, "o", color=color, alpha=0.5, markersize=4)
-        mean = sum(values) / len(values)
+        mean = statistics.mean(values)
         low, high = interval(values) if len(values) > 1 else (mean, mean)
         axis.errorbar(mean, line, xerr=[[mean - low], [high - mean]], fmt="|", color="black", capsize=5, markersize=16)
         label = f"{mean:.2f}, n = {len(values)}"

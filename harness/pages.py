@@ -68,9 +68,8 @@ def write_pages(rows) -> None:
         operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
         logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
         drawing.costs(logs, operations, RESULTS / machine / "costs.png")
-        several = {name: [record["accuracy"] for record in records[name]] for name in first if len(records[name]) > 1}
-        if several:
-            drawing.seeds(several, RESULTS / machine / "seeds.png")
+        accuracies = {name: [record["accuracy"] for record in records[name]] for name in first}
+        drawing.seeds(accuracies, RESULTS / machine / "seeds.png")
         best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
         confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
         drawing.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")

@@ -474,7 +474,7 @@ def test_the_pictures_are_of_the_records(monkeypatch):
     assert logs["r3"] == parts[0]["epochs"] + parts[1]["epochs"]
     assert operations["r3"] == sum(part["petaflop"] for part in parts)
     assert logs["r4"] == rows["r4"][0]["epochs"] == drawn["curves"][0]["r4"]
-    assert drawn["seeds"][0]["r1"] == [record["accuracy"] for record in rows["r1"]]
+    assert drawn["seeds"][0] == {name: [record["accuracy"] for record in records] for name, records in rows.items()}
     confusion, classes, best, _ = drawn["confusion"]
     assert best == max(rows, key=lambda name: rows[name][0]["accuracy"]) and classes == CIFAR10_CLASSES
     assert confusion.trace() / 100 == pytest.approx(rows[best][0]["accuracy"])
