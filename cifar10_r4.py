@@ -14,7 +14,7 @@ from torch import nn
 
 from models import ResNet18
 
-EPOCHS = {"imagenet": 25, "cifar": 70, "cifar-nopool": 28}  # cifar-nopool takes two hours on two CPU cores
+EPOCHS = {"imagenet": 25, "cifar": 70, "cifar-nopool": 28}  # cifar-nopool takes two to three hours on two CPU cores
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
 PEAK = 0.25  # where in the run the peak is, from 0 to 1

@@ -72,6 +72,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/muon.py", "len(parameter) ** 0.5 / ", "", "test_muon.py", ""),
     ("harness/muon.py", "step = gradient.add(buffer", "step = parameter.grad.add(buffer", "test_muon.py", ""),
     ("harness/muon.py", "step = orthogonalize(step", "step = (step", "test_muon.py", ""),
+    ("harness/drawing.py", "row: statistics.mean", "row: -statistics.mean", "test_plot.py", "dot"),
     ("harness/loader.py", "flip(2).flatten", "flip(1).flatten", "test_data.py", "flip"),
     ("harness/loader.py", ".sub_(self.shift).div_", ".div_", "test_data.py", "normalisation"),
     ("harness/loader.py", "images.add_(brightness)", "images.add_(contrast)", "test_data.py", "jitter"),
