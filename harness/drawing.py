@@ -73,7 +73,7 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle=":")]
-    axes[1].legend(lines, ["test", "training, as it went"], frameon=False)
+    axes[1].legend(lines, ["test", "training"], frameon=False)
     widest = max(map(len, logs))
     figure.legend(loc="outside upper left", ncols=max(1, min(6, 130 // (widest + 8))), frameon=False)
     save(figure, path)
@@ -158,9 +158,9 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
     accuracies = dict(sorted(accuracies.items(), key=lambda row: statistics.mean(row[1])))
     figure = Figure(figsize=(8, 0.9 + 0.6 * len(accuracies)), layout="constrained")
     axis = figure.subplots()
-    for line, (values, color) in enumerate(zip(accuracies.values(), cycle(COLORS), strict=False)):
+    for line, values in enumerate(accuracies.values()):
         heights = [line + 0.12 * (i % 5 - 2) for i in range(len(values))]  # spread out, so that equal values are seen
-        axis.plot(values, heights, "o", color=color, alpha=0.5, markersize=4)
+        axis.plot(values, heights, "o", color=COLORS[0], alpha=0.5, markersize=4)
         mean = statistics.mean(values)
         low, high = interval(values) if len(values) > 1 else (mean, mean)
         axis.errorbar(mean, line, xerr=[[mean - low], [high - mean]], fmt="|", color="black", capsize=5, markersize=16)
