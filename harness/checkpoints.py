@@ -69,8 +69,10 @@ class Checkpoints:
 
         The range is empty after --evaluate and if the run is complete. Raises UserError.
         """
-        for rank, recipe in enumerate(gather(self.recipe)):
-            if difference := first_difference(recipe, self.recipe, set()):
+        _, precision = self.records.here  # "auto" may differ between machines
+        started = self.recipe | {"precision": precision}
+        for rank, other in enumerate(gather(started)):
+            if difference := first_difference(other, started, set()):
                 raise UserError(f"process {rank} was started with {difference}; start all with the same command")
         epochs_done = self.begin() if RANK == 0 else None
         if WORLD_SIZE > 1:

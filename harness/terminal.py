@@ -39,6 +39,8 @@ def run(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # the locale may be unable to print a class name
     handle_signals()
+    if WORLD_SIZE > 1:  # while a process waits for another one, Python would not handle it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         main()
         leave_processes()

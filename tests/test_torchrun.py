@@ -143,12 +143,36 @@ def test_batches_that_are_smaller_than_asked_for(monkeypatch):
 def test_processes_of_different_experiments_do_not_train_together(tmp_path, data):
     for name, flags, other, words in (
         (R1, ["--seed", "0"], ["--seed", "1"], "--seed 1, this one has 0;"),
+        (R1, ["--precision", "fp32"], ["--precision", "bf16"], "--precision bf16, this one has fp32;"),
         (R4, [], ["--stem", "cifar"], "run cifar10_r4-cifar, this one has cifar10_r4;"),  # networks of other shapes
     ):
         nodes = two_nodes(tmp_path, flags, other, name=name)
         errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
         assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "checkpoints").exists()
         assert f"process 1 was started with {words} start all with the same command\n" in errors, errors
+
+
+def test_a_process_that_waits_for_another_ends_at_once(tmp_path, data):
+    """Otherwise torchrun waits 30 seconds, for example after a process without a GPU has ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, ROOT / R1, "--data", data], cwd=tmp_path, env=os.environ | ranks)
+    STARTED.append(process)
+    connect_to(port, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+
+
+def connect_to(port, process):
+    """Wait until the process listens on the port."""
+    while True:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert process.poll() is None
+        time.sleep(0.1)
 
 
 def children(process):
