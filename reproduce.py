@@ -34,6 +34,7 @@ from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import sha256_of, write_atomically
+from harness.folder import resumable_files
 from harness.jobs import Bars, Task, run_side_by_side
 from harness.records import read_log
 from harness.results import RESULTS, compare, comparison, minutes, read_record, read_records, training_seconds
@@ -107,9 +108,9 @@ class Job(NamedTuple):
 
 
 def jobs_to_run(jobs: list[Job]) -> list[Job]:
-    """Return the unfinished jobs, and the finished ones that they continue but whose runs are deleted or incomplete."""
+    """Return the unfinished jobs, and the finished ones that they are to continue but whose runs are incomplete."""
     unfinished = [job for job in jobs if not job.is_finished()]
-    bases = {(ROWS[job.name].after, job.seed) for job in unfinished}
+    bases = {(ROWS[job.name].after, job.seed) for job in unfinished if not resumable_files(job.folder)}
     return [job for job in jobs if job in unfinished or (job[:2] in bases and not job.has_run())]
 
 

@@ -89,6 +89,10 @@ def test_a_finished_row_runs_again_if_another_needs_its_deleted_run(tmp_path):
     assert reproduce.jobs_to_run(jobs) == [jobs[0], jobs[2]]
     (jobs[0].folder / "run.json").touch()
     assert reproduce.jobs_to_run(jobs) == [jobs[2]]
+    shutil.rmtree(jobs[0].folder)
+    jobs[2].folder.mkdir()
+    (jobs[2].folder / "last.pt").touch()  # r3 has epochs of its own
+    assert reproduce.jobs_to_run(jobs) == [jobs[2]]
 
 
 def test_synthetic_records_are_kept_apart(start, script, tmp_path):
