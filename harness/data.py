@@ -116,7 +116,8 @@ def read_original(
         if not check_integrity(folder / member, md5):
             raise UserError(f"{folder / member} is missing or damaged; delete {folder} and unpack {archive.name} again")
     splits = [dataset(root, train=True), dataset(root, train=False)]
-    images = [torch.from_numpy(split.data).permute(0, 3, 1, 2) for split in splits]
+    # torchvision's arrays are views of other memory: channels first
+    images = [torch.from_numpy(split.data).contiguous().permute(0, 3, 1, 2) for split in splits]
     labels = [torch.tensor(split.targets) for split in splits]
     return Data(images[0], labels[0], images[1], labels[1], splits[0].classes, "CIFAR-10 archive")
 

@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver it counts all the same
     count = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
+    if not 0 <= (device.index or 0) < count.get(device.type, 0):  # cuda:200 has the index -56
         raise UserError(f"--device {name}: this machine or this build of PyTorch has none; --device cpu always works")
     return device
 

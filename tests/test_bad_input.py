@@ -18,6 +18,7 @@ from PIL import Image
     [
         ("--epochs 0", "argument --epochs: '0' is not a whole number of 1 or more"),
         ("--device cuda:99", "--device cuda:99: this machine"),
+        ("--device cuda:200", "--device cuda:200: this machine"),
         ("--device gpu", "--device 'gpu' is not one of"),
     ],
 )

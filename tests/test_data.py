@@ -126,6 +126,7 @@ def test_the_original(original):
     data = read_original(root, **hashes)
     assert data.classes == CIFAR10_CLASSES
     assert len(data.train_labels) == 100 and len(data.test_labels) == 20
+    assert data.train_images.is_contiguous(memory_format=torch.channels_last)
     assert data.train_labels[:20].tolist() == [i % 10 for i in range(20)]
     assert (data.train_images[25].flatten().numpy() == images["data_batch_2"][5]).all()
     assert (data.test_images[7].flatten().numpy() == images["test_batch"][7]).all()
