@@ -60,10 +60,11 @@ def test_pictures_are_drawn(script, tmp_path, trained):
 
 
 def test_more_pictures_than_a_batch(script, tmp_path, trained):
-    for number in range(predict.BATCH_SIZE + 5):
+    count = predict.BATCH_SIZE + 5
+    for number in range(count):
         Image.new("L", (32, 32), 40 if number % 2 else 160).save(tmp_path / f"{number:03}.png")
     out = script("predict.py", *sorted(tmp_path.glob("*.png")), "--checkpoint", trained).stdout.splitlines()[1:]
-    assert [line.split(": ")[1].split()[0] for line in out] == [("frog", "cat")[i % 2] for i in range(105)]
+    assert [line.split(": ")[1].split()[0] for line in out] == [("frog", "cat")[i % 2] for i in range(count)]
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != R3])
