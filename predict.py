@@ -27,11 +27,11 @@ from torch import nn
 
 import models
 from harness.data import find_images, read_image
-from harness.devices import choose_device
+from harness.devices import choose_device, keep_freed_memory
 from harness.files import read_checkpoint, write_atomically
 from harness.shipped import shipped_file
 
-BATCH_SIZE = 25  # MobileNetV2 takes twice as long with 100: glibc returns such large blocks to the system
+BATCH_SIZE = 100  # so any number of pictures fits into memory
 DEFAULT = "r5"  # the network in checkpoints/ that is used if none is named
 
 
@@ -168,6 +168,7 @@ def main() -> None:
     if bool(args.pictures) == bool(args.export):
         parser.error("name pictures to classify, or a file to --export the network to")
 
+    keep_freed_memory()
     classifier = load_classifier(args.checkpoint, choose_device(args.device))
     if args.export:
         export(classifier, args.export)
