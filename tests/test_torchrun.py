@@ -154,15 +154,19 @@ def test_processes_of_different_experiments_do_not_train_together(tmp_path, data
 
 def test_a_process_that_waits_for_another_ends_at_once(tmp_path, data):
     """Otherwise torchrun waits 30 seconds, for example after a process without a GPU has ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.Popen([sys.executable, ROOT / R1, "--data", data], cwd=tmp_path, env=os.environ | ranks)
     STARTED.append(process)
     connect_to(port, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == -signal.SIGTERM
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def connect_to(port, process):
@@ -200,9 +204,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
 
 def two_nodes(tmp_path, *flags, name=R1, restarts=0):
     """Start a script with these flags on two nodes and return their processes. flags: two lists if the nodes differ."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
     own_flags = flags if isinstance(flags[0], list) else [flags, flags]
     return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", name, *own) for own in own_flags]
