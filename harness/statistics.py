@@ -63,7 +63,7 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
 
 def seeds_needed(mean: float, variances: Sequence[float]) -> float:
     """Return how many seeds each would distinguish a difference of this mean from 0, with these two variances."""
-    if not mean:
+    if abs(mean) < 1e-6:  # percent, so equal means but for rounding
         return math.inf
     count = max(2, math.ceil(Z**2 * sum(variances) / mean**2))  # few more are needed, as Student's t is larger than Z
     degrees = sum(variances) ** 2 / sum(variance**2 for variance in variances)  # for each seed after the first

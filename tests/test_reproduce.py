@@ -370,6 +370,7 @@ def test_the_interval_of_a_mean_and_of_a_difference():
     degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
     assert found.high - found.mean == pytest.approx(t_quantile(degrees) * sum(errors) ** 0.5)
     assert difference([1, 1], [2, 2]).low == 1 and difference([1, 1], [1, 1]).seeds == np.inf
+    assert difference([69.62, 68.48], [69.55, 68.55]).seeds == np.inf  # the means are equal but for rounding
 
 
 @pytest.mark.parametrize("mean", [0.9, 0.3, 0.05])
