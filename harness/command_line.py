@@ -98,7 +98,8 @@ def run_suffix(seed: int, holdout: bool, data: str) -> str:
 def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argparse.Action]) -> str | None:
     """Return the part that one of the script's own flags adds to the run's name, or None at its default.
 
-    A choice stands for itself. Another value follows its flag's name, so that no two values give the same name.
+    A choice stands for itself, unless it could be read as another flag. Other values follow their flag's name, so that
+    no two command lines give the same name.
     """
     value, default = getattr(args, action.dest), action.default
     if isinstance(default, str) and callable(action.type):  # as argparse does
@@ -106,23 +107,26 @@ def name_of(action: argparse.Action, args: argparse.Namespace, own: list[argpars
     if value is None or value == default:
         return None
     flags = [option.lstrip("-") for option in action.option_strings] or [action.dest]
-    if action.const not in (None, value):  # another flag has set it
-        return None
+    if action.nargs == 0 and action.const not in (None, value, *(value if isinstance(value, list) else ())):
+        return None  # another flag has set it
     if isinstance(value, bool):  # --flip, --no-flip, or both
         return next((flag for flag in flags if flag.startswith("no-") != value), flags[0])
     text = "+".join(map(quote, value)) if isinstance(value, list | tuple) else quote(value)
     others = [other for other in own if other is not action]
     names = [option.lstrip("-") for other in others for option in other.option_strings or [other.dest]]
-    taken = {"holdout", "synthetic", *names, *(quote(choice) for other in others for choice in other.choices or ())}
-    if action.choices is not None and text not in taken and not text.startswith("seed"):
-        return text
+    choices = [quote(choice) for other in others for choice in other.choices or ()]
+    taken = ("seed", "holdout", "synthetic", *names, *choices)
+    bare = text.replace("%2D", "-")
+    if action.choices is not None and bare and not any(word.startswith(taken) for word in bare.split("-")):
+        return bare
     one_begins_another = any(name.startswith(flags[0]) or flags[0].startswith(name) for name in names)
     return f"{flags[0]}{'=' if one_begins_another else ''}{text}"
 
 
 def quote(value: object) -> str:
-    """Return a flag's value, escaped for a folder's name: a slash becomes %2F."""
-    return urllib.parse.quote(str(value), safe=" =")
+    """Return a flag's value for a run's name: a slash becomes %2F, and in text a hyphen, which separates flags, %2D."""
+    text = urllib.parse.quote(str(value), safe=" =")
+    return text if isinstance(value, int | float) else text.replace("-", "%2D")
 
 
 def without(words: list[str], *flags: str) -> list[str]:

@@ -154,6 +154,16 @@ def parse(line, *flags):
         ("--seed 2 --crop", "-crop-seed2"),
         ("--holdout --seed 2 --data synthetic", "-seed2-holdout-synthetic"),
         ("big", "-target=big"),
+        ("--cut", "-cut8"),
+        ("--cut 12", "-cut12"),
+        ("--add-a --add-b", "-add-aa+b-add-ba+b"),
+        ("--add-b", "-add-bb"),
+        ("--kind none", "-none"),
+        ("--kind no-pool", "-no-pool"),
+        ("--kind no-pool --pool", "-kindno%2Dpool-pool"),
+        ("--kind no --pool", "-no-pool"),
+        ("--init a-seed2", "-inita%2Dseed2"),
+        ("--width -2", "-width-2"),
     ],
 )
 def test_a_run_is_called(line, name):
@@ -171,6 +181,14 @@ def test_a_run_is_called(line, name):
         *([("--head", {"choices": ["cifar"]})] if "head" in line else []),
         *([("--widths", {"type": int})] if "widths" in line else []),
         *([("target", {"nargs": "?"}), ("--target-size", {})] if line == "big" else []),
+        *([("--cut", {"type": int, "nargs": "?", "const": 8, "default": 0})] if "cut" in line else []),
+        *(
+            ("--add-" + each, {"action": "append_const", "const": each, "dest": "added"})
+            for each in "ab"
+            if "add" in line
+        ),
+        *([("--kind", {"choices": ["none", "no", "no-pool"]})] if "kind" in line else []),
+        *([("--pool", {"action": "store_true"})] if "--pool" in line else []),
     )
     assert args.experiment + args.suffix == f"x{name}"
 
