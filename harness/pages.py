@@ -40,12 +40,12 @@ def filled_pages(rows, machines: Machines) -> dict[Path, str]:
         ROOT / "docs/results.md": {"r3 by class": by_class_table(R3_BY_CLASS, machines)},
         ROOT / "docs/speed.md": {name: measured(name) for name in ("throughput", "alternatives")},
     }
-    return {path: fill(path.read_text(), own) for path, own in tables.items()}
+    return {path: fill(path.read_text(encoding="utf-8"), own) for path, own in tables.items()}
 
 
 def measured(name: str) -> str:
     """Return a benchmark's output on each machine: its Markdown file in each folder of results/."""
-    texts = [path.read_text().strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
+    texts = [path.read_text(encoding="utf-8").strip() for path in sorted(RESULTS.glob(f"*/{name}.md"))]
     return "\n\n".join(texts) or "Not measured yet."
 
 

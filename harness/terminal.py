@@ -32,22 +32,24 @@ class Interrupted(BaseException):
 def run(main: Callable[[], None]) -> None:
     """Call `main()` and turn an error into one line on stderr and an exit status. Scripts end with this call.
 
-    The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, with which a cluster ends a job.
+    The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, with which a cluster ends a job. It is 1
+    after a process lost its connection to another one under torchrun.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # the locale may be unable to print a class name
+    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may be unable to print a class name
     handle_signals()
-    if WORLD_SIZE > 1:  # while a process waits for another one, Python would not handle it
+    if WORLD_SIZE > 1:  # while a process waits for rank 0 to begin the run, Python would not handle it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         main()
         leave_processes()
+        sys.stdout.flush()  # here, since at exit Python would report a failure in its own way
     except Interrupted as error:
         exit_with(128 + error.number, str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would print an error at exit
         exit_with(2, "error: the program that read the output has ended")
     except UserError as error:
         exit_with(2, f"error: {error}")
@@ -65,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         on_gpu = re.search("CUDA|CUBLAS|CUDNN", str(causes))
         where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some memory")
-        exit_with(2, f"error: out of memory on {where}; train with a smaller --batch-size, or {otherwise}")
+        exit_with(2, f"error: out of memory on {where}; {otherwise}, or train with a smaller --batch-size")
 
 
 def handle_signals(advice: str = "") -> None:
@@ -86,8 +88,11 @@ def exit_with(status: int, line: str) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: {escape_unprintable(line)}", file=sys.stderr, flush=True)
-    if WORLD_SIZE > 1:
+    try:
         sys.stdout.flush()
+    except OSError:  # the disk is full or the reader has ended, which Python would report again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if WORLD_SIZE > 1:
         os._exit(status)  # a group that has lost a member may never shut down
     sys.exit(status)
 

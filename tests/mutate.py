@@ -96,6 +96,8 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/recipe.py", '"seed": args.seed', '"seed": 0', RECIPE + " test_scripts.py", "refuses or seed or recipe"),
     ("harness/command_line.py", "seed != 0", "False", "test_scripts.py " + RECIPE, "seeds or called"),
     ("harness/command_line.py", "if action.choices is not None", "if True", RECIPE, "called"),
+    ("harness/command_line.py", 'else text.replace("-", "%2D")', "else text", RECIPE, "called"),
+    ("harness/terminal.py", "        sys.stdout.flush()  # here", "        pass  # here", "test_bad_input.py", "at_the_end"),
     ("harness/command_line.py", "is_value = word in flags", "is_value = False", RECIPE, "resumes"),
     # checkpoints, folder, files, records
     ("harness/checkpoints.py", "is_best = row is self.records.best_row()", "is_best = True", "test_resume.py", "best"),

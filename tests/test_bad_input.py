@@ -137,6 +137,7 @@ def test_what_is_no_mistake(script, tmp_path, odd):
 
 def run(command, folder, **environment):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment.pop("PYTHONUNBUFFERED", None)  # Python's own buffer fails in its own way
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, timeout=300)
 
 
@@ -144,6 +145,9 @@ def test_a_locale_without_utf8(tmp_path, odd):
     command = f"{sys.executable} {ROOT / R1} --data {odd / 'names'} --epochs 1"
     done = run(command, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 0 and b"Accuracy of \\udcc3\\udcbcml" in done.stdout, done.stderr
+    code = "import reproduce, harness.pages; harness.pages.filled_pages(reproduce.ROWS, reproduce.read_records())"
+    done = run(f"{sys.executable} -c '{code}'", tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_goes_away(tmp_path, odd):
@@ -152,6 +156,24 @@ def test_a_reader_that_goes_away(tmp_path, odd):
     assert done.stdout.count(b"\n") == 1
     assert done.stderr == b"cifar10_r1.py: error: the program that read the output has ended\n"
     assert (tmp_path / "checkpoints/cifar10_r1/last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [("| true", "the program that read the output has ended"), ("> /dev/full", "No space left on device")],
+)
+def test_an_output_that_fails_at_the_end(tmp_path, where, words):
+    """mean_and_std.py prints so little that Python keeps it until the command ends."""
+    done = run(f"{{ {sys.executable} {ROOT / 'mean_and_std.py'} --data synthetic; echo $? >&2; }} {where}", tmp_path)
+    line, status = done.stderr.decode().splitlines()
+    assert line.startswith("mean_and_std.py: error: ") and line.endswith(words) and status == "2"
+
+
+def test_an_output_of_another_kind(tmp_path):
+    """IDLE and notebooks replace sys.stdout by an object of their own."""
+    code = "import io, sys; sys.stdout = io.StringIO(); from harness.terminal import run; run(lambda: print(1))"
+    done = run(f"{sys.executable} -c '{code}'", tmp_path)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_a_closed_output(tmp_path, odd):
@@ -201,9 +223,9 @@ def failing(error):
         ),
         (
             RuntimeError("CUDA out of memory."),
-            "out of memory on the GPU; train with a smaller --batch-size, or use --d",
+            "out of memory on the GPU; use --device cpu, or train with a smaller --b",
         ),
-        (MemoryError(), "out of memory on this machine; train with a smaller --batch-size, or free some m"),
+        (MemoryError(), "out of memory on this machine; free some memory, or train with a smaller --b"),
     ],
     ids=["no kernel image", "GPU memory", "memory"],
 )

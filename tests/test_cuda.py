@@ -123,7 +123,7 @@ def test_out_of_memory_is_one_line(refused):
     limit = functools.partial(torch.cuda.set_per_process_memory_fraction, 0.02)
     flags = ["--data", "synthetic", "--stem", "cifar-nopool", "--batch-size", 4000, "--epochs", 1]
     line = refused(R4, *flags, before=limit)
-    assert "error: out of memory on the GPU; train with a smaller --batch-size, or use --device cpu" in line
+    assert "error: out of memory on the GPU; use --device cpu, or train with a smaller --batch-size" in line
 
 
 def test_the_other_commands(script, tmp_path, folders):
