@@ -97,7 +97,11 @@ def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, to
     pixels, means, squares = [], [], []
     for i in progress_bar(range(len(dataset)), desc="mean and std", leave=False):
         image = dataset[i] if isinstance(dataset, torch.Tensor) else image_of(i, dataset[i])
-        image = image if isinstance(image, torch.Tensor) else to_image(image)
+        if not isinstance(image, torch.Tensor):
+            try:
+                image = to_image(image)
+            except (TypeError, ValueError) as error:  # such as 16 bits in another computer's byte order
+                raise UserError(f"image {i} cannot be read as a tensor: {error}") from None
         check_image(i, image)
         image = to_dtype(image, torch.double, scale=True).flatten(1)
         if means and len(image) != len(means[0]):
@@ -115,7 +119,7 @@ def image_of(i: int, sample: object) -> object:
     image = sample[0] if isinstance(sample, tuple | list) and sample else sample
     if isinstance(sample, torch.Tensor | np.ndarray) or not isinstance(image, Image.Image | torch.Tensor | np.ndarray):
         raise UserError(f"sample {i} is a {type(sample).__name__}, not (image, label); pass {WANTED}")
-    if isinstance(image, Image.Image) and image.mode == "P":
+    if isinstance(image, Image.Image) and image.mode in ("P", "PA"):
         raise UserError(f"image {i} has a palette, whose numbers are not colours; convert it to RGB")
     return image
 
@@ -132,7 +136,7 @@ def check_image(i: int, image: torch.Tensor) -> None:
 
 
 @own_settings
-def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None:
+def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path, title: str = "") -> None:
     """Draw the histogram of each channel of `tensor`, uint8 (N, 3, H, W), before and after normalisation.
 
     Raises UserError if a channel has the std 0.
@@ -140,6 +144,8 @@ def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path) -> None
     if not statistics.std.all():
         raise UserError("a channel is constant in each image, so its std is 0; no histogram of its normalised values")
     figure = Figure(figsize=(11, 4), layout="constrained")
+    if title:
+        figure.suptitle(title)
     axes = figure.subplots(1, 2, sharey=True)
     styles = {"red": ("#d55e00", "-"), "green": ("#009e73", "--"), "blue": ("#0072b2", ":")}
     counts = [torch.bincount(tensor[:, channel].flatten(), minlength=256) for channel in range(len(styles))]
@@ -171,6 +177,10 @@ def main() -> None:
     data = load_data(args.data)
     statistics = get_statistics(data.train_images)
     print("mean, std of trainset:", statistics.mean.float(), statistics.std.float())
+    title = ""
+    if data.source == "synthetic":
+        title = "synthetic images, not CIFAR-10"
+        print(f"These are {title}.")
     print()
     for name, values, what in (
         ("mean", statistics.mean, "the mean over all pixels, which is also the mean of the images' means."),
@@ -190,7 +200,7 @@ def main() -> None:
     print("cifar10_r3.py and the later scripts use the first std, as much CIFAR-10 code does, so that figures can be")
     print("compared. Only with the second do the normalised pixels have a std of 1. A network trains with either.")
     if args.plot:
-        histograms(data.train_images, statistics, args.plot)
+        histograms(data.train_images, statistics, args.plot, title)
         print(f"the histograms are in {args.plot}")
 
 

@@ -170,9 +170,9 @@ def main() -> None:
 
     keep_freed_memory()
     classifier = load_classifier(args.checkpoint, choose_device(args.device))
+    classes = ", ".join(classifier.classes) + " (synthetic images)" * (classifier.data == "synthetic")
     if args.export:
         export(classifier, args.export)
-        classes = ", ".join(classifier.classes)
         print(f"{args.export} takes images, uint8 of shape (N, 3, 32, 32), and returns probabilities of {classes}")
         return
     network = {
@@ -185,10 +185,9 @@ def main() -> None:
         "test_accuracy": classifier.accuracy,
     }
     if not args.json:
-        synthetic = " (synthetic images)" if classifier.data == "synthetic" else ""
         print(
             f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
-            f"{classifier.tested_on} images right; trained on {', '.join(classifier.classes)}{synthetic}"
+            f"{classifier.tested_on} images right; trained on {classes}"
         )
     paths = [
         path for given in args.pictures for path in (find_images(given, skip_links=True) if given.is_dir() else [given])

@@ -87,6 +87,8 @@ def test_the_repositorys_own_tensors(shape, value):
         ([(torch.zeros(3, 4, 4, dtype=torch.int64), 0)], "image 0 has values of torch.int64, whose range is not known"),
         ([(torch.zeros(3, 4, 4, dtype=torch.int32), 0)], "image 0 has values of torch.int32"),
         ([(Image.fromarray(PICTURES[0]).convert("P"), 0)], "image 0 has a palette"),
+        ([(Image.new("PA", (4, 4)), 0)], "image 0 has a palette"),
+        ([(PICTURES[0], 0), (np.zeros((4, 4), ">u2"), 0)], "image 1 cannot be read as a tensor: .*byte order"),
         ([(np.zeros((0, 4, 3), np.uint8), 0)], "image 0 has no pixels"),
         (torch.zeros(2, 3, 0, 4, dtype=torch.uint8), "image 0 has no pixels"),
         ({0: (PICTURES[0], 0)}, "a dict cannot be indexed from 0; pass a map-style dataset"),
@@ -109,6 +111,8 @@ def test_the_script(script, refused, tmp_path, folders):
     assert out[0].startswith("mean, std of trainset: tensor([0.") and out[-1] == "the histograms are in histograms.png"
     with Image.open(tmp_path / "histograms.png") as picture:
         assert picture.width > 1000
+    assert not any("synthetic" in line for line in out)
+    assert "\nThese are synthetic images, not CIFAR-10.\n" in script("mean_and_std.py", "--data", "synthetic").stdout
     assert "nowhere" in refused(*flags, "--plot", "nowhere/histograms.png")
     assert "argument --plot: 'histograms' has no picture suffix" in refused(*flags, "--plot", "histograms")
     assert "argument --plot: 'histograms.xyz' has no picture suffix" in refused(*flags, "--plot", "histograms.xyz")
