@@ -44,11 +44,14 @@ def main():
     model = WhitenedCNN(num_classes=len(data.classes)).to(device)
     model.whiten(next(iter(train_loader))[0])
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
-    groups = [{"params": [p for p in model.blocks.parameters() if p.dim() == 4]}]
+    convolutions = [p for p in model.blocks.parameters() if p.dim() == 4]
     biases = [p for p in model.blocks.parameters() if p.dim() == 1 and p.requires_grad]
-    for parameters, rate in ((biases, BIAS_RATE), (model.head.parameters(), HEAD_RATE)):
-        decay = DECAY / (rate * LR)
-        groups.append({"params": parameters, "lr": rate * args.lr, "momentum": SGD_MOMENTUM, "weight_decay": decay})
+    sgd = {"momentum": SGD_MOMENTUM}
+    groups = [
+        {"params": convolutions},
+        {"params": biases, "lr": BIAS_RATE * args.lr, **sgd, "weight_decay": DECAY / (BIAS_RATE * LR)},
+        {"params": model.head.parameters(), "lr": HEAD_RATE * args.lr, **sgd, "weight_decay": DECAY / (HEAD_RATE * LR)},
+    ]
     optimizer = utils.Muon(groups, lr=args.lr, momentum=MOMENTUM, dtype=train_loader.dtype)
     scheduler = utils.triangular_schedule(optimizer, args.epochs * len(train_loader), PEAK)
     train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype, scheduler)  # stepped after each batch

@@ -16,16 +16,17 @@ from harness.files import (
 )
 from harness.folder import RunFolder, find_best, resumable_files
 from harness.operations import petaflop
-from harness.processes import RANK, WORLD_SIZE, broadcast, gather
-from harness.recipe import check_same, describe_recipe, describe_script, first_difference
+from harness.processes import RANK, broadcast, gather
+from harness.recipe import check_same, describe_recipe, describe_script, first_difference, shared_with_base
 from harness.records import Records, describe_network, print_saving
+from harness.state import State
 from harness.terminal import UserError, escape_unprintable, handle_signals
 
 SAME = "with the same --data, --seed, --batch-size, --holdout and --checkpoints"  # or it is not this run's base
 
 
 class Checkpoints:
-    """The folder of a run and its state: weights, optimizer, scheduler, scaler and log.
+    """The folder of a run, its state and its records.
 
     `epochs_left` begins or resumes the run, `save` ends an epoch, `finish` ends the run. If there are several
     processes, only rank 0 reads and writes.
@@ -48,21 +49,17 @@ class Checkpoints:
         args, data, train_loader, train_step: of ArgumentParser, load_data, Loader and TrainStep. base: the experiment
         whose last epoch this one starts from, unless it resumes its own, and the command that trains it.
         """
-        scheduler = scheduler or train_step.scheduler
-        self.args, self.loader, self.train_step, self.scheduler = args, train_loader, train_step, scheduler
-        self.model, self.optimizer = train_step.model, train_step.optimizer
+        self.args, self.loader, self.train_step = args, train_loader, train_step
+        self.state = State(train_step, scheduler)
         self.base_run, self.base_command = base or (None, None)
-        self.resumed_parts = {"optimizer": train_step.optimizer, "scaler": train_step.scaler}
-        if scheduler:
-            self.resumed_parts["scheduler"] = scheduler
         self.run_folder = RunFolder(args.checkpoints / (args.experiment + args.suffix))
         self.folder = self.run_folder.path
         images = f"synthetic {data.tested_on}" if data.source == "synthetic" else data.tested_on
         self.records = Records(self.folder, images, train_loader.device, train_loader.dtype, args.tensorboard)
         self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
-        self.network = describe_network(self.model, data, train_loader)
+        self.network = describe_network(train_step.model, data, train_loader)
         self.script = describe_script()  # now, as the file may be edited during the run
-        self.recipe = describe_recipe(args.experiment, args, data, train_loader, train_step, scheduler)
+        self.recipe = describe_recipe(args, data, train_loader, train_step, self.state.scheduler)
 
     def epochs_left(self) -> range:
         """Begin or resume the run, as the command line says, and return the epochs left, counted from 1.
@@ -74,14 +71,8 @@ class Checkpoints:
         for rank, other in enumerate(gather(started)):
             if difference := first_difference(other, started, set()):
                 raise UserError(f"process {rank} was started with {difference}; start all with the same command")
-        epochs_done = self.begin() if RANK == 0 else None
-        if WORLD_SIZE > 1:
-            parts = {"model": self.model} | self.resumed_parts
-            state = {name: part.state_dict() for name, part in parts.items()} if RANK == 0 else None
-            epochs_done, state = broadcast((epochs_done, state), self.loader.device)
-            for name, part in parts.items():
-                if RANK > 0 and state[name]:
-                    part.load_state_dict(state[name])
+        epochs_done = broadcast(self.begin() if RANK == 0 else None, self.loader.device)
+        self.state.copy_from_rank_0(self.loader.device)
         return range(0) if self.args.evaluate else range(epochs_done + 1, self.args.epochs + 1)
 
     def begin(self) -> int:
@@ -99,8 +90,8 @@ class Checkpoints:
         path, checkpoint = read_first_whole(paths) if paths else (None, None)
         if checkpoint:
             self.resume(path, checkpoint)
-        self.finite_weights("before training; a mask of infinities belongs into a buffer with persistent=False")
-        self.check_settings()
+        self.state.finite_weights("before training; a mask of infinities belongs into a buffer with persistent=False")
+        check_is_plain(self.network | self.state.settings())
         # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
         # file given by name, it gets a new folder, and the earlier folder is renamed.
         named = path if self.args.resume is True else self.folder / "last.pt"
@@ -111,26 +102,12 @@ class Checkpoints:
         else:
             files = {}
             if self.records.rows:  # resumed, but not from this folder's last.pt
-                best = self.best_file(path.parent, checkpoint)
+                best = self.best_content(path.parent, checkpoint)
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
-        self.records.begin_epoch(self.optimizer.param_groups[0]["lr"])
+        self.records.begin_epoch(self.state.lr())
         handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
         return checkpoint["epoch"] if checkpoint else 0
-
-    def finite_weights(self, advice: str) -> dict[str, torch.Tensor]:
-        """Return the network's weights and buffers. If one is not finite, raise UserError with this advice."""
-        weights = self.model.state_dict()
-        if not torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all():
-            raise UserError(f"the weights are not finite {advice}")
-        return weights
-
-    def check_settings(self) -> None:
-        """Raise UserError if a file with the network and the settings of optimizer and schedule could not be read."""
-        settings = {"optimizer": self.optimizer.state_dict()["param_groups"]}
-        if self.scheduler:
-            settings["scheduler"] = self.scheduler.state_dict()
-        check_is_plain(self.network | settings)
 
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names and return their epoch."""
@@ -180,28 +157,17 @@ class Checkpoints:
             )
         if epoch > self.args.epochs:
             raise UserError(f"{path} has {epoch} epochs of training, more than --epochs {self.args.epochs}; use more")
-        parts = self.resumed_parts
-        if is_base:  # only the base's moments are loaded, not its learning rate, schedule and weight decay
-            parts = {name: part for name, part in parts.items() if name != "scheduler"}
-            checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         self.load_weights(path, checkpoint, ("model", "arguments", "classes") if is_base else self.NETWORK)
-        self.train_step.check_state(path, checkpoint)
-        for name, part in parts.items():
-            if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
-                part.load_state_dict(checkpoint[name])
+        self.state.load_parts(path, checkpoint, is_base)
         complete = ", which was the last" if epoch == self.args.epochs else ""
         print(f"resuming {path} after epoch {epoch}{complete}", flush=True)
         if not is_base:
-            self.resume_lr(recipe)
+            if self.args.lr_given:
+                self.state.change_lr(recipe["lr"], self.args.lr)
+            else:
+                self.recipe["lr"] = recipe["lr"]
             self.records.rows = checkpoint["rows"]
             self.records.trained_on = checkpoint.get("trained_on", [])  # which earlier versions did not keep
-
-    def resume_lr(self, recipe: dict) -> None:
-        """Keep the learning rate of the run with this recipe, or change it to the command line's, if given."""
-        if self.args.lr_given:
-            self.train_step.change_lr(recipe["lr"], self.args.lr, self.scheduler)
-        else:
-            self.recipe["lr"] = recipe["lr"]
 
     def check_recipe(self, path: Path, recipe: dict, is_base: bool) -> None:
         """Raise UserError if the checkpoint's recipe differs from this run's. A base has to agree only in part."""
@@ -209,27 +175,31 @@ class Checkpoints:
         if recipe.keys() != ours.keys():
             raise UserError(f"{path} is from another version of these scripts; start without --resume")
         if is_base:
-            recipe, ours = (
-                {name: each[name] for name in ("seed", "holdout", "batch_size", "data")}
-                | {"optimizer": {"name": each["optimizer"]["name"]}}
-                for each in (recipe, ours)
-            )
+            recipe, ours = shared_with_base(recipe), shared_with_base(ours)
         elif recipe["run"] != self.recipe["run"]:
             runs = " or ".join(filter(None, (self.recipe["run"], self.base_run)))
             raise UserError(f"{path} is from the run {recipe['run']}; resume {runs}, or start without --resume")
         if self.args.lr_given:
             may_differ.add("LR")
-        if not self.scheduler:
+        if not self.state.scheduler:
             may_differ.add("epochs")
         otherwise = f"run {self.base_command} again" if is_base else "start without --resume"
         check_same(path, recipe, ours, may_differ, otherwise)
+
+    def load_weights(self, path: Path, checkpoint: dict, keys: tuple[str, ...]) -> None:
+        """Load the checkpoint's weights. Raise UserError if its network and this run's differ in one of the keys."""
+        for key in keys:
+            theirs, ours = checkpoint.get(key), self.network[key]
+            if theirs != ours:
+                raise UserError(f"{path} holds a network with {key} {theirs}, this run's has {ours}")
+        self.state.load_weights(path, checkpoint)
 
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
         if self.find_best(self.folder) == path:
             return
-        if best := self.best_file(self.folder, checkpoint):
+        if best := self.best_content(self.folder, checkpoint):
             write_atomically(path, best, keep=previous)
         elif path.exists():
             path.replace(previous)
@@ -238,7 +208,7 @@ class Checkpoints:
         """Return the folder's file of the log's best epoch, or None."""
         return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
-    def best_file(self, folder: Path, checkpoint: dict) -> bytes | None:
+    def best_content(self, folder: Path, checkpoint: dict) -> bytes | None:
         """Return the content of the best epoch's file, from the folder or from the checkpoint.
 
         If neither has it, a line says so and None is returned.
@@ -251,17 +221,6 @@ class Checkpoints:
         print(f"no best.pt of epoch {row['epoch']}, the best so far; the next better one will be kept", flush=True)
         return None
 
-    def load_weights(self, path: Path, checkpoint: dict, keys: tuple[str, ...]) -> None:
-        """Load the checkpoint's weights. Raise UserError if its network and this run's differ in one of the keys."""
-        for key in keys:
-            theirs, ours = checkpoint.get(key), self.network[key]
-            if theirs != ours:
-                raise UserError(f"{path} holds a network with {key} {theirs}, this run's has {ours}")
-        try:
-            self.model.load_state_dict(checkpoint["weights"])
-        except RuntimeError:  # the network has been edited since
-            raise UserError(f"{path} holds weights that do not fit {type(self.model).__name__} any more") from None
-
     def save(self, epoch: int, train_metrics: tuple[float, float], test_metrics: tuple[float, float]) -> None:
         """Save an epoch: best.pt if it is the best so far, log.csv and last.pt.
 
@@ -271,30 +230,25 @@ class Checkpoints:
         if RANK > 0:
             return
         self.run_folder.check()
-        self.check_settings()  # again, as a schedule may have changed them
-        weights = self.finite_weights(f"after epoch {epoch}; use a lower --lr")
-        row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.optimizer.param_groups[0]["lr"])
+        check_is_plain(self.state.settings())  # again, as a schedule may have changed them
+        weights = self.state.finite_weights(f"after epoch {epoch}; use a lower --lr")
+        row = self.records.add_epoch(epoch, train_metrics, test_metrics, self.state.lr())
         is_best = row is self.records.best_row()
         figures = {name: value for name, value in row.items() if name != "seconds"}
-        state = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
-        state |= {"figures": figures, "flags": self.recipe["flags"]}
+        checkpoint = {**self.network, "weights": weights, "accuracy": row["test_accuracy"], "epoch": epoch}
+        checkpoint |= {"figures": figures, "flags": self.recipe["flags"]}
         if is_best:
             print_saving("best for inference")
-            write_checkpoint(self.folder / "best.pt", state, keep=self.folder / "best.previous.pt")
+            write_checkpoint(self.folder / "best.pt", checkpoint, keep=self.folder / "best.previous.pt")
         print_saving("best checkpoint for training resume" if is_best else "checkpoint for training resume")
         self.records.write_log()
-        state |= {name: part.state_dict() for name, part in self.resumed_parts.items()}
-        state |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
-        state["trained_on"] = self.records.trained_on
-        state["parameters"] = self.train_step.parameter_names()
+        checkpoint |= self.state.saved_parts()
+        checkpoint |= {"recipe": self.recipe, "script": self.script, "rows": self.records.rows}
+        checkpoint["trained_on"] = self.records.trained_on
         previous = self.folder / "last.previous.pt" if self.last_is_whole else None
-        write_checkpoint(self.folder / "last.pt", state, keep=previous)
+        write_checkpoint(self.folder / "last.pt", checkpoint, keep=previous)
         self.last_is_whole = True
         self.records.report_epoch(self.args.epochs)
-
-    def leave(self) -> None:
-        """Release the run's folder for other processes."""
-        self.run_folder.release()
 
     def finish(self, confusion: torch.Tensor, per_class: torch.Tensor) -> None:
         """Print the table, and write run.json unless a run of this length has already written it.
@@ -322,5 +276,9 @@ class Checkpoints:
             "tested_on": self.network["tested_on"],
         }
         figures = {"accuracy": accuracy, "per_class": per_class, "confusion": confusion.tolist()}
-        figures["petaflop"] = petaflop(self.model, len(self.loader.labels) * len(self.records.rows))
+        figures["petaflop"] = petaflop(self.state.model, len(self.loader.labels) * len(self.records.rows))
         self.records.write_record(run, figures)
+
+    def leave(self) -> None:
+        """Release the run's folder for other processes."""
+        self.run_folder.release()

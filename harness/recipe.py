@@ -22,17 +22,15 @@ AUGMENTATION = ("flip", "crop", "reflect", "jitter", "cutout", "transform")  # a
 LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
 
 
-def describe_recipe(
-    experiment: str, args: argparse.Namespace, data, train_loader, train_step, scheduler: LRScheduler | None
-) -> dict:
+def describe_recipe(args: argparse.Namespace, data, train_loader, train_step, scheduler: LRScheduler | None) -> dict:
     """Return the recipe, as plain values. It must agree before a run is resumed.
 
-    experiment: the run's name without its suffix. The other arguments are as for Checkpoints, before it resumes.
+    The arguments are as for Checkpoints, before it resumes.
     """
     names = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.isupper()}
     model = train_step.model
     return {
-        "run": experiment,
+        "run": args.experiment,
         "constants": {name: plain(value) for name, value in names.items() if not isinstance(value, ModuleType)},
         "flags": {name: plain(getattr(args, name)) for name in args.own_flags},
         "epochs": args.epochs,
@@ -129,6 +127,12 @@ def flatten(recipe: dict, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return flat
 
 
+def shared_with_base(recipe: dict) -> dict:
+    """Return the part of a recipe in which a run and its base must agree."""
+    shared = {name: recipe[name] for name in ("seed", "holdout", "batch_size", "data")}
+    return shared | {"optimizer": {"name": recipe["optimizer"]["name"]}}
+
+
 def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], otherwise: str) -> None:
     """Raise UserError if the recipe in the checkpoint `path` differs from ours.
 
@@ -157,11 +161,17 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
         was, now = one.get(names), other.get(names)
         if was == now or (lacking and not (was or now)):  # a new setting that is off is no difference
             continue
-        label = {"constants": names[-1], "flags": f"--{names[-1]}"}.get(names[0], " ".join(names))
-        if len(names) == 1 and label != "run":
-            label = f"--{label}"
-        return f"{label.replace('_', '-') if label[0] == '-' else label} {shorten(was)}, this one has {shorten(now)}"
+        return f"{user_name(names)} {shorten(was)}, this one has {shorten(now)}"
     return None
+
+
+def user_name(names: tuple[str, ...]) -> str:
+    """Return what a user calls a value of the recipe: a constant, a flag, or the names that lead to it."""
+    if names[0] == "constants":
+        return names[-1]
+    if names[0] == "flags" or (len(names) == 1 and names[0] != "run"):
+        return f"--{names[-1]}".replace("_", "-")
+    return " ".join(names)
 
 
 def shorten(value: object) -> str:

@@ -1,7 +1,6 @@
 """One step of training, and the meter of an epoch."""
 
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,6 +71,33 @@ class TrainStep:
             self.scheduler.step()
         return loss, logits
 
+    def forward_backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute a batch's gradients, and return its loss and its logits."""
+        self.optimizer.zero_grad()
+        with autocast(images):
+            logits = self.forward(images)
+            loss = self.criterion(logits, labels)
+        self.scaler.scale(loss if weight == 1 else weight * loss).backward()
+        return loss.detach(), logits.detach()
+
+    def replay(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same by replaying a CUDA graph, which is captured at the first batch of its size."""
+        if len(labels) not in self.graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # shared, as one runs at a time
+            with torch.cuda.graph(graph, pool):
+                outputs = self.forward_backward(*inputs)
+            self.graphs[len(labels)] = graph, inputs, outputs, [p.grad for p in self.model.parameters()]
+        graph, inputs, outputs, gradients = self.graphs[len(labels)]
+        inputs[0].copy_(images)
+        inputs[1].copy_(labels)
+        graph.replay()
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # each graph writes its own gradients
+        return outputs
+
     def check_logits(self, loader, classes: int) -> None:
         """Raise UserError if the network does not return a logit for each class."""
         image = torch.zeros(1, 3, 32, 32, dtype=loader.dtype, device=loader.device)
@@ -92,67 +118,6 @@ class TrainStep:
         # The batches are smaller than asked for if the images do not fill them all.
         advice = f"use {enough} or more" if batch_size < enough else "use fewer processes"
         raise UserError(f"--batch-size {batch_size}: batch-norm cannot train on a single image{where}; {advice}")
-
-    def parameter_names(self) -> list[list[str]]:
-        """Return the names of the optimizer's parameters, by group."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
-
-    def check_state(self, path: Path, checkpoint: dict) -> None:
-        """Raise UserError if the checkpoint's optimizer state, which goes by position, is for other parameters.
-
-        checkpoint: with `weights`, `optimizer` and the names of its `parameters`.
-        """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        same = [*checkpoint["weights"]] == [*self.model.state_dict()]
-        same &= checkpoint["parameters"] == self.parameter_names()
-        for position, state in checkpoint["optimizer"]["state"].items():
-            for name, value in state.items():
-                if name in ("momentum_buffer", "exp_avg", "exp_avg_sq") and isinstance(value, torch.Tensor):
-                    same &= position < len(parameters) and value.shape == parameters[position].shape
-        if not same:
-            raise UserError(
-                f"{path} has its weights in another order than {type(self.model).__name__} and its optimizer have now, "
-                "and the optimizer's state depends on that order; start without --resume"
-            )
-
-    def change_lr(self, before: float, lr: float, scheduler: LRScheduler | None) -> None:
-        """Scale all learning rates of the optimizer and the schedule, for a run at --lr `lr` instead of `before`."""
-        if lr == before:
-            return
-        for group in self.optimizer.param_groups:
-            for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # schedulers add all but the first
-                if name in group:
-                    group[name] = lr * (group[name] / before)
-        for each in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR
-            for name in ("base_lrs", "max_lrs"):
-                if hasattr(each, name):
-                    setattr(each, name, [lr * (rate / before) for rate in getattr(each, name)])
-
-    def forward_backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.optimizer.zero_grad()
-        with autocast(images):
-            logits = self.forward(images)
-            loss = self.criterion(logits, labels)
-        self.scaler.scale(loss if weight == 1 else weight * loss).backward()
-        return loss.detach(), logits.detach()
-
-    def replay(self, images, labels):
-        if len(labels) not in self.graphs:
-            graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
-            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # shared, as one runs at a time
-            with torch.cuda.graph(graph, pool):
-                outputs = self.forward_backward(*inputs)
-            self.graphs[len(labels)] = graph, inputs, outputs, [p.grad for p in self.model.parameters()]
-        graph, inputs, outputs, gradients = self.graphs[len(labels)]
-        inputs[0].copy_(images)
-        inputs[1].copy_(labels)
-        graph.replay()
-        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient  # each graph writes its own gradients
-        return outputs
 
 
 class Meter:

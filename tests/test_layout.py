@@ -30,7 +30,8 @@ ROOMS = {  # in order, with the rooms that each may import
     "shipped": "terminal files results",
     "pages": "terminal files drawing results shipped",
     "folder": "terminal files",
-    "checkpoints": "terminal files processes operations recipe records folder",
+    "state": "terminal processes",
+    "checkpoints": "terminal files processes operations recipe records folder state",
 }
 OURS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 

@@ -96,21 +96,24 @@ def hand_over(path):
             name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "jitter", "cutout", "training")
         }
         recipe["test"]["transform"] = test.transform
-        recipe |= {"groups": len(checkpoints.optimizer.param_groups), "images": len(train.labels)}
-        recipe |= {"loader_seed": train.seed, "weights_from_seed": are_drawn_from(recipe["seed"], checkpoints.model)}
+        recipe |= {"groups": len(checkpoints.state.optimizer.param_groups), "images": len(train.labels)}
+        recipe |= {
+            "loader_seed": train.seed,
+            "weights_from_seed": are_drawn_from(recipe["seed"], checkpoints.state.model),
+        }
         recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
-        if isinstance(checkpoints.model, WhitenedCNN):
-            recipe["whitened"] = torch.allclose(*checkpoints.model.whitening.weight.abs().split(12))
-            small = checkpoints.optimizer.param_groups[1:]
+        if isinstance(checkpoints.state.model, WhitenedCNN):
+            recipe["whitened"] = torch.allclose(*checkpoints.state.model.whitening.weight.abs().split(12))
+            small = checkpoints.state.optimizer.param_groups[1:]
             at_default = recipe["constants"]["LR"] / recipe["lr"]  # from the given rate to the script's own
             decays = [group["weight_decay"] * group["initial_lr"] * at_default for group in small]
             recipe["decay"] = round(decays[0], 9) if decays[0] == pytest.approx(decays[1]) else decays
-        if checkpoints.scheduler:
+        if checkpoints.state.scheduler:
             factors, *others = recipe["scheduler"]["factors"]
             assert all(other == factors for other in others)
             epochs = recipe["epochs"]
             peak = recipe["constants"]["PEAK"] * epochs
-            by_batch = checkpoints.train_step.scheduler is checkpoints.scheduler
+            by_batch = checkpoints.train_step.scheduler is checkpoints.state.scheduler
             steps = len(train) if by_batch else 1  # of an epoch
             middles = [epoch + 0.5 / steps for epoch in range(epochs)]
             triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]

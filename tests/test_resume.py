@@ -16,6 +16,7 @@ import torch
 from helpers import MOBILENET, R1, R2, R3, R4, R5, log, output, same_weights, wait_for_a_save, write_images
 
 from harness.recipe import describe_scheduler
+from harness.state import State
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_a_rate_is_given_to_any_scheduler(make):
         scheduler = make(optimizer, begun_with)
         step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
         advance(optimizer, scheduler, 3)
-        step.change_lr(begun_with, 0.01, scheduler)
+        State(step, scheduler).change_lr(begun_with, 0.01)
         rates[begun_with] = advance(optimizer, scheduler, 6)
     assert rates[0.1] == pytest.approx(rates[0.01])
     assert json.dumps(describe_scheduler(scheduler, 10))
@@ -309,7 +310,7 @@ def test_the_rate_of_the_run_is_no_change():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
     optimizer.param_groups[0]["lr"] = 0.03
-    step.change_lr(0.1, 0.1, None)
+    State(step, None).change_lr(0.1, 0.1)
     assert optimizer.param_groups[0]["lr"] == 0.03
 
 
@@ -320,7 +321,7 @@ def test_a_rate_that_is_given_scales_that_of_all_groups(scheduled):
     optimizer = torch.optim.SGD(groups, lr=0.1)
     scheduler = utils.triangular_schedule(optimizer, 10, 0) if scheduled else None
     step = utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32)
-    step.change_lr(0.1, 0.2, scheduler)
+    State(step, scheduler).change_lr(0.1, 0.2)
     for _ in range(2):
         factor = 1 - optimizer.state_dict()["param_groups"][0]["lr"] / 0.2  # how much the schedule takes away
         assert factor == pytest.approx(0.05 + 0.1 * scheduler.last_epoch if scheduler else 0)
