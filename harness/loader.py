@@ -134,6 +134,8 @@ class Loader:
         images = images.to(self.dtype).unflatten(1, (SIDE, SIDE, PIXEL)).permute(0, 3, 1, 2)
         if self.cutout:
             cut_out(images, cut_rows, cut_columns, self.cutout)
+        if self.device.type == "mps":  # see TrainStep
+            images = images.contiguous()
         return images, self.labels[order]
 
 

@@ -63,6 +63,12 @@ class State:
         if is_base:  # whose learning rate, weight decay and schedule are not this run's
             parts = {name: part for name, part in parts.items() if name != "scheduler"}
             checkpoint["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
+        parameters = self.parameters()
+        for position, moments in checkpoint["optimizer"]["state"].items():
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[position].shape:
+                    # in the parameter's memory format, which fused optimizers take for granted
+                    moments[name] = torch.empty_like(parameters[position], dtype=value.dtype, device="cpu").copy_(value)
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler's state is empty unless the run was in fp16
                 part.load_state_dict(checkpoint[name])

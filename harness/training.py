@@ -40,6 +40,8 @@ class TrainStep:
                 "the optimizer has a parameter that is not the network's; make it one, as only the network is saved"
             )
         device = next(model.parameters()).device
+        if device.type == "mps":  # where batch-norm's gradients were wrong in channels-last (pytorch issue 175189)
+            model.to(memory_format=torch.contiguous_format)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = model
         self.steps, self.graphs = 0, {}

@@ -90,6 +90,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
     ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),
     ("harness/state.py", "[lr * (rate / before) for", "[0.1 * (rate / before) for", "test_resume.py", "rate"),
+    ("harness/state.py", "moments[name] = torch", "_ = torch", "test_resume.py", "moments"),
     ("harness/state.py", '        same &= checkpoint["par', '        checkpoint["par', RECIPE, "order"),
     # recipe, command line
     ("harness/recipe.py", "if was == now or", "if names[0] == 'flags' or was == now or", RECIPE, ""),

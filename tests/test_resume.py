@@ -1,5 +1,6 @@
 """Runs that are interrupted and resumed."""
 
+import copy
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import utils
 
@@ -302,6 +304,36 @@ def advance(optimizer, scheduler, steps):
         if scheduler:
             scheduler.step(*[1.0] * isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau))
     return rates
+
+
+@pytest.mark.parametrize("made", [torch.optim.SGD, torch.optim.AdamW])
+def test_moments_fit_the_memory_format_of_the_weights(made):
+    """A fused optimizer computes on memory as it lies, and an edited network may lie in another format."""
+    images, labels = torch.rand(8, 3, 6, 6), torch.arange(8) % 4
+    settings = {"momentum": 0.9} if made is torch.optim.SGD else {}
+
+    def begin(memory_format):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten())
+        model.to(memory_format=memory_format)
+        optimizer = made(model.parameters(), lr=0.1, fused=True, **settings)
+        return State(utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32), None)
+
+    def step(state):
+        torch.nn.functional.cross_entropy(state.model(images), labels).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    state, other = begin(torch.contiguous_format), begin(torch.channels_last)
+    for _ in range(3):
+        step(state)
+    checkpoint = copy.deepcopy({"weights": state.model.state_dict()} | state.saved_parts())
+    other.load_weights(Path("last.pt"), checkpoint)
+    other.load_parts(Path("last.pt"), checkpoint, is_base=False)
+    step(state)
+    step(other)
+    for one, another in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(one, another)
 
 
 def test_the_rate_of_the_run_is_no_change():
