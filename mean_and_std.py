@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from harness.data import load_data
-from harness.drawing import own_settings, picture, save
+from harness.drawing import own_settings, picture_path, save
 
 WANTED = "samples (image, label), or all images as one tensor of shape (N, C, H, W)"
 
@@ -125,7 +125,7 @@ def image_of(i: int, sample: object) -> object:
 
 
 def check_image(i: int, image: torch.Tensor) -> None:
-    """Raise UserError if this is no image of shape (C, H, W), or if its type does not tell the range of its values."""
+    """Raise UserError if this is no (C, H, W) image, or if its type does not tell its values' range."""
     if image.dim() != 3 or len(image) > 4:
         shape = tuple(image.shape)
         raise UserError(f"image {i} has the shape {shape}, not (C, H, W) with up to 4 channels; pass {WANTED}")
@@ -172,7 +172,7 @@ def histograms(tensor: torch.Tensor, statistics: Statistics, path: Path, title: 
 def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_data()
-    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the histograms into this file")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw the histograms into this file")
     args = parser.parse_args()
     data = load_data(args.data)
     statistics = get_statistics(data.train_images)

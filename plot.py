@@ -13,7 +13,7 @@ import torch
 
 from harness.data import load_data
 from harness.devices import choose_device
-from harness.drawing import COLORS, curves, draw, picture, seeds
+from harness.drawing import COLORS, curves, draw_run, picture_path, seeds
 from harness.files import read_checkpoint
 from harness.loader import Loader
 from harness.records import read_log
@@ -26,9 +26,9 @@ def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=nonempty_path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
-    add("--output", type=picture, metavar="FILE", help="for several runs (default: comparison.png)")
+    add("--output", type=picture_path, metavar="FILE", help="for several runs (default: comparison.png)")
     parser.add_data()
-    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    parser.add_device()
     args = parser.parse_args()
 
     if len(args.runs) > 1:
@@ -52,12 +52,12 @@ def main() -> None:
     device = choose_device(args.device)
     path = folder / "last.pt"
     classifier, checkpoint = load_classifier(path, device), read_checkpoint(path)
-    if classifier.data == "class folders" and not Path(args.data).exists():
-        parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
-    data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
     recipe = checkpoint.get("recipe")
     if not recipe:
         raise UserError(f"{path} is for inference and does not name its data; plot.py needs a run's own")
+    if classifier.data == "class folders" and not Path(args.data).exists():
+        parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
+    data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
     if recipe.get("holdout"):
         data = data.hold_out()
     if data.fingerprint() != recipe["data"]:
@@ -65,7 +65,7 @@ def main() -> None:
     normalised = {"mean": checkpoint["mean"], "std": checkpoint["std"], "device": device, "dtype": torch.float32}
     loader = Loader(data.test_images, data.test_labels, utils.TEST_BATCH_SIZE, **normalised)
     logits = utils.predict(classifier.network, loader)
-    draw(folder, logits, utils.confusion_matrix(logits, data.test_labels), data)
+    draw_run(folder, logits, utils.confusion_matrix(logits, data.test_labels), data)
 
 
 if __name__ == "__main__":

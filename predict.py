@@ -139,9 +139,9 @@ def exported_file(name: str) -> Path:
 
 def picture_file(name: str) -> Path:
     """Return the path of a picture to draw."""
-    from harness.drawing import picture  # here, because it imports matplotlib, which would make every start slower
+    from harness.drawing import picture_path  # here, because it imports matplotlib, which would make every start slower
 
-    return picture(name)
+    return picture_path(name)
 
 
 def percentages(probabilities: dict[str, float]) -> list[str]:
@@ -160,7 +160,7 @@ def main() -> None:
         metavar="NAME",
         help="a network in checkpoints/, or best.pt or last.pt of a run (default: %(default)s)",
     )
-    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    parser.add_device()
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=picture_file, metavar="FILE", help="draw the first 40 pictures with their likeliest classes")
     add("--export", type=exported_file, metavar="FILE", help="only write the network to a .onnx or .pt2 file")
@@ -186,12 +186,12 @@ def main() -> None:
     }
     if not args.json:
         print(
-            f"{args.checkpoint}: {network['network']}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
+            f"{args.checkpoint}: {classifier.model}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
             f"{classifier.tested_on} images right; trained on {classes}"
         )
-    paths = [
-        path for given in args.pictures for path in (find_images(given, skip_links=True) if given.is_dir() else [given])
-    ]
+    paths = []
+    for given in args.pictures:
+        paths += find_images(given, skip_links=True) if given.is_dir() else [given]
     predictions = []
     with progress_bar(total=len(paths), leave=False) as bar:
         for path, probabilities in likeliest_classes(classifier, paths):

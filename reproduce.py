@@ -16,7 +16,6 @@ beside it.
 """
 
 import argparse
-import os
 import re
 import statistics
 import sys
@@ -24,21 +23,16 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.terminal import CommandLine, UserError, handle_signals, nonempty_path, run
-
-# isort: split
-# PyTorch comes after our own, see harness/__init__.py
-import torch
-
 from harness.cluster import run_on_cluster
 from harness.command_line import positive_int, run_suffix, seed_int
 from harness.data import load_data
 from harness.files import sha256_of, write_atomically
 from harness.folder import resumable_files
-from harness.jobs import Bars, Task, run_side_by_side
+from harness.jobs import Bars, Task, run_side_by_side, share
 from harness.records import read_log
-from harness.results import RESULTS, compare, comparison, minutes, read_record, read_records, training_seconds
+from harness.results import RESULTS, accuracy_table, compare, duration, read_record, read_records, training_seconds
 from harness.shipped import ship
+from harness.terminal import CommandLine, UserError, handle_signals, nonempty_path, run
 
 EPOCH = re.compile(r"epoch:(\d+)/(\d+) .* test .*accuracy:([\d.]+)")  # the line that a run prints for each epoch
 ROOT = Path(__file__).resolve().parent
@@ -92,8 +86,11 @@ class Job(NamedTuple):
         """Return whether the folder holds the complete run, which another row can continue."""
         return all((self.folder / name).exists() for name in ("last.pt", "run.json"))
 
-    def outcome(self) -> str:
-        """Return the finished job's accuracy as text, and whether its script has been changed since."""
+    def progress(self) -> str:
+        """Return how far the job is: its accuracy, and whether its script has been changed since, or its epochs."""
+        if not self.is_finished():
+            done = len(self.epoch_seconds())
+            return f"{done} epochs done" if done else "not begun"
         record, script = read_record(self.record), ROOT / ROWS[self.name].command.split()[0]
         then = record.get("script") or {"sha256": None}  # early records lack it
         other = "" if then["sha256"] == sha256_of(script) else f" by another version of {script.name}"
@@ -111,18 +108,18 @@ def jobs_to_run(jobs: list[Job]) -> list[Job]:
     """Return the unfinished jobs, and the finished ones that they are to continue but whose runs are incomplete."""
     unfinished = [job for job in jobs if not job.is_finished()]
     bases = {(ROWS[job.name].after, job.seed) for job in unfinished if not resumable_files(job.folder)}
-    return [job for job in jobs if job in unfinished or (job[:2] in bases and not job.has_run())]
+    return [job for job in jobs if job in unfinished or ((job.name, job.seed) in bases and not job.has_run())]
 
 
 def task_of(job: Job, args: argparse.Namespace) -> Task:
-    """Return the job's command."""
+    """Return the task that starts or resumes the job."""
     script, *flags = ROWS[job.name].command.removesuffix(" --resume").split()
     data = args.data if args.data == "synthetic" else Path(args.data).resolve()  # where a cluster's machines find it
     flags += ["--seed", job.seed, "--data", data, "--device", args.device]
     flags += ["--checkpoints", job.folder.parent.resolve(), "--resume"]
     after = ROWS[job.name].after
-    after = after and str(job._replace(name=after))
-    return Task(str(job), [sys.executable, str(ROOT / script), *map(str, flags)], after)
+    base = str(job._replace(name=after)) if after else None
+    return Task(str(job), [sys.executable, str(ROOT / script), *map(str, flags)], base)
 
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
@@ -159,21 +156,10 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> dict[str, str]:
         if args.ray is not None:
             run_on_cluster(tasks, args.ray, args.jobs, args.device != "cpu", report, finish)
         else:
-            run_side_by_side(tasks, args.jobs, lambda number: share(number, args), report, finish)
+            run_side_by_side(tasks, args.jobs, lambda number: share(number, args.jobs, args.device), report, finish)
     finally:
         bars.close(*by_name)
     return failed
-
-
-def share(number: int, args: argparse.Namespace) -> dict[str, str]:
-    """Return a worker's environment variables: its GPU, or its share of the CPU's threads."""
-    if args.jobs == 1:
-        return {}
-    if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return {"CUDA_VISIBLE_DEVICES": visible[number % gpus]}
-    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // args.jobs))}
 
 
 def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
@@ -184,7 +170,7 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     seconds_per_epoch = statistics.median(job.epoch_seconds() or [0])
     own = seconds_per_epoch * epochs
     if not later:
-        return f"{minutes(own)} left"
+        return f"{duration(own)} left"
     machines = read_records(job.record.parent).values()
     known = {}  # seconds by row, from the records
     for rows in sorted(machines, key=lambda rows: job.name in rows):  # last, so that a machine with this row decides
@@ -197,7 +183,7 @@ def time_left(job: Job, epochs: int, later: list[Job], at_once: int = 1) -> str:
     total = (own + theirs) / min(at_once, 1 + len(later))
     total = max(own, total)  # the others may be shorter
     but = f" except {', '.join(sorted(unknown))}" if unknown else ""
-    return f"{minutes(own)} left, {minutes(total)} with the other rows{but}"
+    return f"{duration(own)} left, {duration(total)} with the other rows{but}"
 
 
 def check_is_writable(folder: Path) -> None:
@@ -219,7 +205,8 @@ def check_data(results: Path, rows: set[str], name: str) -> None:
             raise UserError(f"{path} is of other data than --data {name}; use other --results and --checkpoints")
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Return the flags."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=ROWS, metavar="ROW", default=[*ROWS], help=f"which rows, of {', '.join(ROWS)}")
@@ -240,7 +227,7 @@ def main() -> None:
         help="only store the last network of the row --only as checkpoints/NAME.pt",
     )
     parser.add_data()
-    add("--device", default="auto", help="as for the training scripts (default: auto)")
+    parser.add_device()
     add(
         "--checkpoints",
         type=nonempty_path,
@@ -250,7 +237,26 @@ def main() -> None:
     )
     add("--results", type=nonempty_path, default=RESULTS / "mine", metavar="DIR", help="(default: results/mine)")
     args = parser.parse_args()
+    if args.ship and len(args.only) != 1:
+        parser.error("--ship takes the network of a single row; name it with --only")
+    return args
 
+
+def make_jobs(args: argparse.Namespace, results: Path) -> list[Job]:
+    """Return a job for each chosen row and seed, in this order. A row comes after the one that it continues."""
+    jobs = []
+    for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
+        for seed in range(args.seeds) if args.seed is None else [args.seed]:
+            checkpoints = args.checkpoints
+            if "--epochs" in ROWS[name].command:  # rows that differ in --epochs only have runs of the same name
+                checkpoints /= name
+            run = ROWS[name].run + run_suffix(seed, False, args.data)
+            jobs.append(Job(name, seed, checkpoints / run, results / f"{name}-seed{seed}.json"))
+    return jobs
+
+
+def main() -> None:
+    args = parse_args()
     if args.readme:
         from harness.pages import write_pages  # here, because it imports matplotlib, which would slow down every start
 
@@ -262,32 +268,23 @@ def main() -> None:
     if args.compare:
         print(compare(*args.compare, args.only, results))
         return
-    if not (args.list or args.ship):
-        check_is_writable(results)
-    jobs = []
-    for name in dict.fromkeys(name for chosen in args.only for name in (ROWS[chosen].after, chosen) if name):
-        for seed in range(args.seeds) if args.seed is None else [args.seed]:
-            run = ROWS[name].run + run_suffix(seed, False, args.data)
-            folder = args.checkpoints / (name if "--epochs" in ROWS[name].command else "") / run
-            jobs.append(Job(name, seed, folder, results / f"{name}-seed{seed}.json"))
+    jobs = make_jobs(args, results)
     if args.ship:
-        if len(args.only) != 1:
-            parser.error("--ship takes the network of a single row; name it with --only")
         path = ship(args.ship, jobs[-1].folder, jobs[-1].record.name)
         print(f"the network is in {path}; python reproduce.py --readme adds it to the model card")
         return
     handle_signals("; the same command resumes")
     if not args.list:
+        check_is_writable(results)
         check_data(results, {job.name for job in jobs}, args.data)
     to_run = jobs_to_run(jobs)
     for i, job in enumerate(jobs):
-        done = len(job.epoch_seconds())
-        state = job.outcome() if job.is_finished() else f"{done} epochs done" if done else "not begun"
+        state = job.progress()
         if job.is_finished() and job in to_run:
             state += "; runs again, as another row continues its run, which is missing or incomplete"
         print(f"[{i + 1}/{len(jobs)}] {job}, {state}: python {ROWS[job.name].command}", flush=True)
     failed = {} if args.list else run_jobs(to_run, args)
-    print(comparison({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))
+    print(accuracy_table({job.name: ROWS[job.name].target for job in jobs}, read_records(results)))
     if failed:
         raise UserError("; ".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 

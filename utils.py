@@ -103,7 +103,9 @@ def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, flo
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout, and a Loader's transform
     with Meter(f"Train epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
-        for (images, labels), weight in zip(loader, loader.weights, strict=True):  # 1, except under torchrun
+        for (images, labels), weight in zip(
+            loader, loader.weights, strict=True
+        ):  # a weight is 1, except under torchrun
             loss, logits = train_step(images, labels, weight)
             meter.update(loss, logits, labels)
         metrics = meter.total()
@@ -162,7 +164,7 @@ def finish(checkpoints: Checkpoints, data: Data, model: nn.Module, test_loader: 
     confusion = confusion_matrix(logits, test_loader.labels.cpu())
     checkpoints.finish(confusion, per_class_accuracy(confusion))
     if RANK == 0 and not checkpoints.args.evaluate:
-        from harness.drawing import draw  # here, because it imports matplotlib, which would slow down every start
+        from harness.drawing import draw_run  # here, because it imports matplotlib, which would slow down every start
 
-        draw(checkpoints.folder, logits, confusion, data)
+        draw_run(checkpoints.folder, logits, confusion, data)
     checkpoints.leave()

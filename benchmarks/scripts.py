@@ -18,7 +18,7 @@ from harness.loader import Loader
 from harness.terminal import CommandLine, UserError
 from harness.training import TrainStep
 
-IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU gets GPU times as many
+IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU gets GPU_FACTOR times as many
     "cifar10_r1.py --flip --batch-size 4": 4_000,
     "cifar10_r1.py --flip": 25_600,
     "cifar10_r2.py --crop": 2_560,
@@ -28,7 +28,7 @@ IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU g
     "cifar10_r5.py": 4_000,
     "train_mobilenetv2.py": 768,
 }
-GPU = 20
+GPU_FACTOR = 20
 
 
 class BenchmarkLine(CommandLine):
@@ -37,7 +37,7 @@ class BenchmarkLine(CommandLine):
     def __init__(self, description: str):
         super().__init__(description)
         self.add_data("as for the scripts (default: data)")
-        self.add_argument("--device", default="auto", help="as for the scripts (default: auto)")
+        self.add_device("as for the scripts (default: auto)")
         self.add_argument(
             "--only", nargs="+", default=[""], metavar="WORD", help="only scripts whose command contains one of these"
         )
@@ -53,7 +53,7 @@ class BenchmarkLine(CommandLine):
 
 def first_images(data: Data, command: str, device: torch.device, training: bool = True) -> Data:
     """Return the dataset cut to the images of one round of that script. A round of testing takes twice as many."""
-    images = IMAGES[command] * (GPU if device.type == "cuda" else 1) * (1 if training else 2)
+    images = IMAGES[command] * (GPU_FACTOR if device.type == "cuda" else 1) * (1 if training else 2)
     return data._replace(
         train_images=data.train_images[:images],
         train_labels=data.train_labels[:images],

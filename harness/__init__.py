@@ -1,6 +1,6 @@
 """Code that no experiment changes, one topic a module ("room").
 
-A room imports only rooms listed above it in tests/test_layout.py.
+A room imports only rooms above it in CONTRIBUTING.md's table.
 """
 
 import sys

@@ -56,13 +56,14 @@ def run_on_cluster(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # outlives the other machines
         machines = [(node["Resources"].get("GPU", 0), node["Resources"].get("CPU", 0)) for node in ray.nodes()]
-        most_gpus, cores = max((gpus if use_gpus else 0, cores) for gpus, cores in machines)  # of one machine
-        cores, gpus = max(1, int(cores // jobs)), 1 / math.ceil(jobs / most_gpus) if most_gpus else 0
-        remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=-1)(run_command)
+        gpus, cores = max((gpus if use_gpus else 0, cores) for gpus, cores in machines)  # of the largest machine
+        threads = max(1, int(cores // jobs))  # of a task
+        share = 1 / math.ceil(jobs / gpus) if gpus else 0  # of a task, in GPUs
+        remote = ray.remote(num_cpus=threads, num_gpus=share, max_retries=-1)(run_command)
         by_name, refs = {task.name: task for task in tasks}, {}
         numbers = {}  # of the running tasks, by their names
         for name, task in by_name.items():
-            refs[name] = remote.remote(task, cores, lines, refs.get(task.after))
+            refs[name] = remote.remote(task, threads, lines, refs.get(task.after))
             names[refs[name]] = name
         while names:
             done, _ = ray.wait([*names], timeout=POLL_SECONDS)
@@ -78,10 +79,10 @@ def run_on_cluster(
                 name = names.pop(ref)
                 numbers.pop(name, None)
                 try:
-                    wrong = ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    wrong = " ".join(str(error).split())
-                finish(by_name[name], wrong)
+                    error = ray.get(ref)
+                except ray.exceptions.RayError as failure:
+                    error = " ".join(str(failure).split())
+                finish(by_name[name], error)
     finally:
         for ref in names:
             ray.cancel(ref)  # raises KeyboardInterrupt in `run_command`
@@ -93,12 +94,12 @@ def run_on_cluster(
                 signal.signal(number, handler)
 
 
-def run_command(task: Task, threads: int, lines, wrong_before: str | None) -> str | None:
+def run_command(task: Task, threads: int, lines, earlier_error: str | None) -> str | None:
     """Run a task's command on a machine of the cluster and return its error, or None.
 
-    lines: a queue for (the task's name, a line of its output). wrong_before: the error of the task that it waits for.
+    lines: a queue for (the task's name, a line of its output). earlier_error: the error of the task that it waits for.
     """
-    if wrong_before:
+    if earlier_error:
         return f"waited for {task.after}"
     while True:
         process = subprocess.Popen(

@@ -36,7 +36,7 @@ class ArgumentParser(CommandLine):
         add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
         add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
         add("--seed", type=seed_int, default=0, metavar="N", help="of everything that is random (default: %(default)s)")
-        add("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
+        self.add_device("cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="see docs/runs.md (default: %(default)s)")
         add("--checkpoints", type=nonempty_path, default="checkpoints", metavar="DIR", help="(default: checkpoints)")
         add("--holdout", action="store_true", help="hold out a tenth of the training images and test on them")

@@ -189,10 +189,10 @@ def raise_error(error: OSError) -> NoReturn:
 
 
 def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
-    """Return an image's pixels: uint8 of shape (32, 32, 3). Raise UserError if it is not an image of 8 bits a channel.
+    """Return an image's pixels: uint8 of shape (32, 32, 3).
 
     An image of another size is refused, unless `resize` is set. Then all of it is averaged over boxes, whatever its
-    aspect ratio.
+    aspect ratio. Raises UserError if it is not an image of 8 bits a channel.
     """
     try:
         if not os.path.exists(path):

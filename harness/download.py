@@ -171,11 +171,12 @@ def fetch(url: str, part: Path, size: int, patient: bool) -> None:
 
 def receive(response: HTTPResponse, file: BinaryIO, skip: int, have: int, size: int, bar: tqdm, patient: bool) -> int:
     """Append the response, except its first `skip` bytes, to the file's `have` bytes, and return the new size."""
-    first, begin, received = have == skip, time.monotonic(), 0
-    reported = begin
+    from_start = have == skip  # whether the response begins with the file's first byte
+    begin = reported = time.monotonic()
+    received = 0
     while have < size:
         block = read_block(response, f"after {have} of {size}")
-        if first and not received and not block.startswith(b"\x1f\x8b"):
+        if from_start and not received and not block.startswith(b"\x1f\x8b"):
             raise UnusableMirror(f"not a gzip file but {response.headers.get_content_type()}")
         received += len(block)
         block, skip = block[skip:], max(0, skip - len(block))
@@ -188,11 +189,11 @@ def receive(response: HTTPResponse, file: BinaryIO, skip: int, have: int, size: 
         bar.update(len(block))
         now = time.monotonic()
         rate = received / max(now - begin, 1e-9)
-        left = f"{have / 1e6:.1f} of {size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {(size - have) / rate:.0f} s left"
+        progress = f"{have / 1e6:.1f} of {size / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s, {(size - have) / rate:.0f} s left"
         if now - begin > JUDGE_SECONDS and (size - have) / rate > FAIR_SECONDS and not patient:
-            raise SlowMirror(rate, left)
+            raise SlowMirror(rate, progress)
         if now - reported > REPORT_SECONDS and bar.disable:
-            print(left, flush=True)
+            print(progress, flush=True)
             reported = now
     return have
 

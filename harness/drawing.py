@@ -33,7 +33,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 COLORS += ("#332288", "#882255", "#ddcc77")
 
 
-def draw(folder: Path, logits: torch.Tensor, matrix: torch.Tensor, data: Data) -> None:
+def draw_run(folder: Path, logits: torch.Tensor, matrix: torch.Tensor, data: Data) -> None:
     """Draw curves.png, confusion.png and mistakes.png of a run into its folder. Raise UserError if that fails.
 
     logits: of the test images, of shape (N, classes), as `utils.predict` returns them; matrix: their
@@ -74,8 +74,8 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", linestyle=":")]
     axes[1].legend(lines, ["test", "training"], frameon=False)
-    widest = max(map(len, logs))
-    figure.legend(loc="outside upper left", ncols=max(1, min(6, 130 // (widest + 8))), frameon=False)
+    columns = 130 // (max(map(len, logs)) + 8)  # the figure is 130 characters wide, and a line takes 8 beside its name
+    figure.legend(loc="outside upper left", ncols=max(1, min(6, columns)), frameon=False)
     save(figure, path)
 
 
@@ -117,8 +117,8 @@ def mistakes(
         axis.axis("off")
     for axis, i in zip(axes, wrong.tolist(), strict=False):
         axis.imshow(images[i].permute(1, 2, 0).numpy())
-        taken_for = classes[predictions[i]]
-        axis.set_title(f"{cut(taken_for)} {100 * confidence[i]:.1f} %\nis {cut(classes[labels[i]])}", size=10)
+        predicted = classes[predictions[i]]
+        axis.set_title(f"{cut(predicted)} {100 * confidence[i]:.1f} %\nis {cut(classes[labels[i]])}", size=10)
     save(figure, path)
 
 
@@ -207,7 +207,7 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
 
 
 def label_dots(axis: Axes, dots: list[tuple[float, float, str, str]]) -> None:
-    """Write each label above or below its dot, as near as it lies on no dot and no other label.
+    """Write each label above or below its dot, as near as possible without covering a dot or another label.
 
     dots: of each dot its height, its place on the x-axis, its label and its colour.
     """
@@ -227,7 +227,7 @@ def label_dots(axis: Axes, dots: list[tuple[float, float, str, str]]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture whole, in the format of the path's suffix. Raise UserError if it cannot be written."""
+    """Write the picture atomically, in the format of the path's suffix. Raise UserError if it cannot be written."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class's name may have letters that the font lacks
@@ -239,7 +239,7 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, content.getbuffer())
 
 
-def picture(name: str) -> Path:
+def picture_path(name: str) -> Path:
     """Return the path of a picture named on a command line."""
     path = nonempty_path(name)
     if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.filetypes:

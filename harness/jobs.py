@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from harness.terminal import escape_unprintable, progress_bar
@@ -41,6 +42,17 @@ class Worker:
             return None
         *lines, self.rest = (self.rest + block).split(b"\n") if block else (self.rest, b"")
         return [escape_unprintable(line.decode(errors="replace")) for line in lines]
+
+
+def share(number: int, jobs: int, device: str) -> dict[str, str]:
+    """Return the environment variables of a worker, one of `jobs`: its GPU, or its share of the CPU's threads."""
+    if jobs == 1:
+        return {}
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return {"CUDA_VISIBLE_DEVICES": visible[number % gpus]}
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
 
 def end_with_parent() -> None:

@@ -58,18 +58,29 @@ def write_pages(rows) -> None:
     for path, text in filled_pages(rows, machines).items():
         write_atomically(path, text.encode())
     for machine, records in machines.items():
-        first = {name: records[name][0] for name in rows if name in records}
-        if not first:
-            continue
-        usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
-        shown = [name for name in first if usual[name] == name or usual[name] not in first]
-        drawing.curves({name: first[name]["epochs"] for name in shown}, RESULTS / machine / "curves.png")
-        runs = {name: [first[part] for part in (rows[name].after, name) if part in first] for name in shown}
-        operations = {name: sum(part["petaflop"] or math.nan for part in parts) for name, parts in runs.items()}
-        logs = {name: [row for part in parts for row in part["epochs"]] for name, parts in runs.items()}
-        drawing.costs(logs, operations, RESULTS / machine / "costs.png")
-        accuracies = {name: [record["accuracy"] for record in records[name]] for name in first}
-        drawing.seeds(accuracies, RESULTS / machine / "seeds.png")
-        best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
-        confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
-        drawing.confusion(confusion, classes, best, RESULTS / machine / "confusion.png")
+        own = {name: records[name] for name in rows if name in records}
+        if own:
+            draw_pictures(rows, own, RESULTS / machine)
+
+
+def draw_pictures(rows, records: dict[str, list[dict]], folder: Path) -> None:
+    """Draw a machine's curves, costs, seeds and its best row's confusion matrix into its folder.
+
+    rows: reproduce.py's; records: the machine's, in the order of `rows`.
+    """
+    first = {name: seeds[0] for name, seeds in records.items()}
+    # Rows with -short or -long differ from the usual row in --epochs only. They are drawn only in its absence.
+    usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
+    shown = [name for name in first if usual[name] == name or usual[name] not in first]
+    logs, operations = {}, {}
+    for name in shown:
+        parts = [first[part] for part in (rows[name].after, name) if part in first]
+        logs[name] = [epoch for part in parts for epoch in part["epochs"]]
+        operations[name] = sum(part["petaflop"] or math.nan for part in parts)
+    drawing.curves({name: first[name]["epochs"] for name in shown}, folder / "curves.png")
+    drawing.costs(logs, operations, folder / "costs.png")
+    accuracies = {name: [record["accuracy"] for record in seeds] for name, seeds in records.items()}
+    drawing.seeds(accuracies, folder / "seeds.png")
+    best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes
+    confusion, classes = torch.tensor(first[best]["confusion"]), [*first[best]["per_class"]]
+    drawing.confusion(confusion, classes, best, folder / "confusion.png")

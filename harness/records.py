@@ -23,7 +23,7 @@ TUTORIAL_NAMES = {"airplane": "plane", "automobile": "car"}  # as the official t
 
 
 class Records:
-    """The figures of a run, in its folder: `rows` of log.csv, one for each epoch, and the record of a complete run.
+    """The figures of a run: `rows` of log.csv, one for each epoch, and the record of a complete run.
 
     images: the table's name for the images that the run is tested on, such as "test". device, dtype: what this process
     trains on.

@@ -65,11 +65,26 @@ def training_seconds(record: dict) -> float:
     return statistics.median(row["seconds"] for row in record["epochs"]) * len(record["epochs"])
 
 
-def minutes(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a duration as text, in the unit that fits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def check_same_recipe(one: dict, other: dict) -> None:
+    """Raise UserError if two records are of different recipes, whose accuracies have no common mean."""
+    recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in (one, other)]
+    if all(recipe.get("constants") for recipe in recipes):  # which early records lack
+        # A constant that only one version of the script has is not compared. Most lead to settings, which are.
+        shared = recipes[0]["constants"].keys() & recipes[1]["constants"].keys()
+        for recipe in recipes:
+            recipe["constants"] = {name: recipe["constants"][name] for name in shared}
+    if differing := first_difference(recipes[1], recipes[0], {"seed"}):
+        raise UserError(
+            f"the records of {one['run']} and its other seeds have no common mean: one has {differing}; "
+            "move one kind into another folder"
+        )
 
 
 def summary(records: list[dict]) -> str:
@@ -78,20 +93,8 @@ def summary(records: list[dict]) -> str:
     For several seeds it is the mean, the standard deviation, n and, in brackets, the mean's 95 % confidence interval.
     Raises UserError if the records are of different recipes.
     """
-    recipes = [record["recipe"] | {"epochs": len(record["epochs"])} for record in records]
-    for recipe in recipes[1:]:
-        one, other = recipe, recipes[0]
-        if one.get("constants") and other.get("constants"):  # which early records lack
-            # A constant that only one version of the script has is not compared. Most lead to settings, which are.
-            shared = one["constants"].keys() & other["constants"].keys()
-            one, other = (
-                each | {"constants": {name: each["constants"][name] for name in shared}} for each in (one, other)
-            )
-        if differing := first_difference(one, other, {"seed"}):
-            raise UserError(
-                f"the records of {records[0]['run']} and its other seeds have no common mean: one has {differing}; "
-                "move one kind into another folder"
-            )
+    for record in records[1:]:
+        check_same_recipe(records[0], record)
     values = [record["accuracy"] for record in records]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else ""
@@ -100,7 +103,7 @@ def summary(records: list[dict]) -> str:
     return f"{mean:.1f} ± {deviation:.1f} (n = {len(values)}) [{low:.2f}, {high:.2f}]"
 
 
-def comparison(targets: dict[str, float], machines: Machines) -> str:
+def accuracy_table(targets: dict[str, float], machines: Machines) -> str:
     """Return a table for the terminal: the last epoch's accuracy in percent on each machine.
 
     targets: the target of each row in percent, by the row's name. If a row's records have no common mean, a line below
@@ -166,7 +169,7 @@ def results_table(rows, machines: Machines) -> str:
             accuracy, best = summary(records), statistics.mean(record["best_accuracy"] for record in records)
             first, last = (records[0]["epochs"][i]["epoch"] for i in (0, -1))
             epochs = last if first == 1 else f"{first} to {last}"
-            lines.append(f"{start} {accuracy} | {best:.1f} | {epochs} | {minutes(seconds)} | {machine} |")
+            lines.append(f"{start} {accuracy} | {best:.1f} | {epochs} | {duration(seconds)} | {machine} |")
         if not found:
             lines.append(f"{start} not run yet | | | | |")
     return "\n".join(lines)

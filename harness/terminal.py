@@ -59,15 +59,23 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if WORLD_SIZE > 1 and re.search("gloo|NCCL|onnection", str(error)):
             exit_with(1, f"error: the connection to another process is lost; its own error says why ({error})")
-        if "no kernel image" in str(error):
-            exit_with(2, "error: this build of PyTorch does not support this GPU; use --device cpu, or another build")
-        causes = [error, error.__context__]  # running out of memory in a capture causes its final error
-        texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
-        if not re.search("out of memory|can't allocate memory|STATUS_ALLOC_FAILED", " ".join(texts)):
+        advice = advice_on(error)
+        if not advice:
             raise
-        on_gpu = re.search("CUDA|CUBLAS|CUDNN", str(causes))
-        where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some memory")
-        exit_with(2, f"error: out of memory on {where}; {otherwise}, or train with a smaller --batch-size")
+        exit_with(2, f"error: {advice}")
+
+
+def advice_on(error: RuntimeError | MemoryError) -> str | None:
+    """Return what the user can do about an error of PyTorch or Python, or None if it is a bug."""
+    if "no kernel image" in str(error):
+        return "this build of PyTorch does not support this GPU; use --device cpu, or another build"
+    causes = [error, error.__context__]  # running out of memory in a capture causes its final error
+    texts = ["out of memory" if isinstance(cause, MemoryError) else str(cause) for cause in causes]
+    if not re.search("out of memory|can't allocate memory|STATUS_ALLOC_FAILED", " ".join(texts)):
+        return None
+    on_gpu = re.search("CUDA|CUBLAS|CUDNN", str(causes))
+    where, otherwise = ("the GPU", "use --device cpu") if on_gpu else ("this machine", "free some memory")
+    return f"out of memory on {where}; {otherwise}, or train with a smaller --batch-size"
 
 
 def handle_signals(advice: str = "") -> None:
@@ -139,6 +147,10 @@ class CommandLine(argparse.ArgumentParser):
     def add_data(self, help: str = "as for the training scripts (default: data)") -> None:
         """Add --data, a folder or "synthetic"."""
         self.add_argument("--data", type=data_folder, default="data", metavar="DIR", help=help)
+
+    def add_device(self, help: str = "as for the training scripts (default: auto)") -> None:
+        """Add --device, for `choose_device`."""
+        self.add_argument("--device", default="auto", help=help)
 
     def error(self, message: str) -> NoReturn:
         exit_with(2, f"error: {message} (see --help)")

@@ -1,6 +1,5 @@
 """reproduce.py: the rows of the README's table, and the table itself."""
 
-import argparse
 import importlib.util
 import json
 import os
@@ -18,9 +17,9 @@ from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, 
 import reproduce
 from harness import drawing, pages
 from harness.files import sha256_of
-from harness.jobs import Task, run_side_by_side
+from harness.jobs import Task, run_side_by_side, share
 from harness.records import read_log
-from harness.results import RESULTS, comparison, read_records, results_table, summary
+from harness.results import RESULTS, accuracy_table, read_records, results_table, summary
 from harness.statistics import difference, interval, t_quantile
 from harness.terminal import UserError
 
@@ -256,7 +255,7 @@ def test_ray_without_a_cluster_or_ray(refused, folders):
 
 def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):
     def shares(jobs, device="auto"):
-        return [reproduce.share(number, argparse.Namespace(jobs=jobs, device=device)) for number in range(jobs)]
+        return [share(number, jobs, device) for number in range(jobs)]
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -265,10 +264,10 @@ def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):
     assert shares(1) == [{}] and shares(3) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert shares(9)[8] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(3)] == ["0", "1", "0"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in shares(3)] == ["0", "1", "0"]
     assert shares(2, device="cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares(2)] == ["5", "7"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in shares(2)] == ["5", "7"]
 
 
 def test_the_time_left(monkeypatch, tmp_path):
@@ -423,7 +422,7 @@ def test_a_row_that_fails_says_which(script, tmp_path):
 def test_a_row_without_a_mean_does_not_hide_the_others():
     record = json.loads((RESULTS / "cpu/r1-seed0.json").read_text())
     other = record | {"recipe": record["recipe"] | {"data": "other"}}
-    table = comparison({"r1": 60, "r2": 75}, {"mine": {"r1": [record, other], "r2": [record]}}).splitlines()
+    table = accuracy_table({"r1": 60, "r2": 75}, {"mine": {"r1": [record, other], "r2": [record]}}).splitlines()
     assert [line.split()[-1] for line in table[1:3]] == ["mean", f"{record['accuracy']:.1f}"]
     line = "the records of cifar10_r1 and its other seeds have no common mean: one has --data other, this one has 820"
     assert table[3].startswith(line)
