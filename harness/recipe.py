@@ -168,7 +168,7 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
 def user_name(names: tuple[str, ...]) -> str:
     """Return what a user calls a value of the recipe: a constant, a flag, or the names that lead to it."""
     if names[0] == "constants":
-        return names[-1]
+        return " ".join(names[1:])  # a constant may be a dict
     if names[0] == "flags" or (len(names) == 1 and names[0] != "run"):
         return f"--{names[-1]}".replace("_", "-")
     return " ".join(names)

@@ -111,6 +111,8 @@ def test_what_is_a_difference():
         ({"optimizer": {"name": "Adam"}}, "optimizer name SGD, this one has Adam"),
     ):
         assert first_difference(one, one | changes, set()) == words
+    nested = [{"constants": {"CUT": {"a": 8, "b": value}}} for value in (8, 12)]
+    assert first_difference(*nested, set()) == "CUT b 8, this one has 12"
     assert first_difference(one, one | {"epochs": 9}, {"epochs"}) is None
 
 
