@@ -87,7 +87,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/training.py", "            self.scheduler.step()\n", "            pass\n", RECIPES, "stepped"),
     ("harness/operations.py", "weight[1:]", "weight", "test_muon.py", "operations"),
     ("harness/training.py", "        self.optimizer.zero_grad()\n", "", "test_scripts.py", "minute"),
-    ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_scripts.py", "not_finite"),
+    ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_faults.py", "never_saved"),
     ("harness/training.py", "loss / seen, 100", "loss, 100", RECIPES, "mean_loss"),
     ("harness/state.py", "[lr * (rate / before) for", "[0.1 * (rate / before) for", "test_resume.py", "rate"),
     ("harness/state.py", "moments[name] = torch", "_ = torch", "test_resume.py", "moments"),

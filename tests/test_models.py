@@ -153,9 +153,10 @@ def test_whitened_cnn():
 
 def test_a_block_begins_as_the_identity():
     """As far as a convolution has as many outputs as inputs, it is the identity. The other outputs are random."""
-    conv = WhitenedCNN().blocks[1].conv1
-    images = torch.randn(2, 64, 8, 8)
-    torch.testing.assert_close(conv(images)[:, :64], images)
+    for block in WhitenedCNN().blocks:
+        for conv in (block.conv1, block.conv2):
+            images = torch.randn(2, conv.in_channels, 8, 8)
+            torch.testing.assert_close(conv(images)[:, : conv.in_channels], images)
 
 
 def test_six_views():

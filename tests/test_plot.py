@@ -36,37 +36,49 @@ def test_the_command_draws_what_the_script_drew(script, tmp_path, folders):
         assert np.array_equal(pixels(run / name), drawn[name]), name
 
 
-def test_several_runs_in_one_picture(script, tmp_path, folders):
-    script(R1, "--data", folders, "--epochs", 2)
-    script(R1, "--data", folders, "--epochs", 3, "--flip")
+def write_logs(*folders):
+    for folder in folders:
+        folder.mkdir(parents=True)
+        columns = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,seconds"
+        (folder / "log.csv").write_text(f"{columns}\n1,0.1,2,30,2,35,9\n2,0.1,1,50,1,55,9\n")
+
+
+def test_several_runs_in_one_picture(script, tmp_path):
     runs = tmp_path / "checkpoints/cifar10_r1", tmp_path / "checkpoints/cifar10_r1-flip"
+    write_logs(*runs)
     script("plot.py", *runs)
     assert pixels(tmp_path / "comparison.png").std() > 10
-    script("plot.py", *runs, "--output", "both.svg")
-    assert "<svg" in (tmp_path / "both.svg").read_text()
+    script("plot.py", *runs, "--output", "both.SVG")
+    assert all(f"<!-- {run.name} -->" in (tmp_path / "both.SVG").read_text() for run in runs)
 
 
-def test_evaluate_draws_nothing(script, tmp_path, folders):
-    script(R1, "--data", folders, "--epochs", 1)
-    (tmp_path / "checkpoints/cifar10_r1/curves.png").unlink()
-    out = script(R1, "--data", folders, "--evaluate").stdout
-    assert "curves" not in out and not (tmp_path / "checkpoints/cifar10_r1/curves.png").exists()
-
-
-def test_figures_of_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch):
-    """The texts in the pictures are right for matrices and logits with known answers."""
-    texts = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: texts.append(all_texts(figure)))
+def test_the_confusion_matrix_and_the_mistakes(tmp_path, monkeypatch):
+    """Numbers, texts and images are right and where they belong, for a matrix and logits with known answers."""
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
     drawing.confusion(torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 3]]), ["cat", "dog", "frog"], "network", tmp_path)
-    assert {"80.0", "20.0", "100.0", "25.0", "75.0"} <= set(texts[0]) and "0.0" not in texts[0]
+    (axis,) = drawn[0].axes
+    places = {text.get_text(): text.get_position() for text in axis.texts}
+    assert places == {"80.0": (0, 0), "20.0": (1, 0), "100.0": (1, 1), "25.0": (0, 2), "75.0": (2, 2)}
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted as", "true class")
 
     labels = torch.tensor([0, 0, 1, 2])
     logits = torch.tensor([[9.0, 0, 0], [0, 2, 0], [0, 0, 5], [0, 0, 1]])  # the second and the third are wrong
-    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     drawing.mistakes(images, labels, logits, ["cat", "dog", "frog"], "network", tmp_path)
-    shown = [text for text in texts[1] if "\nis " in text]
-    assert shown == ["frog 98.7 %\nis dog", "dog 78.7 %\nis cat"]
-    assert any("2 of 4 images wrong" in text for text in texts[1])
+    texts = all_texts(drawn[1])
+    assert [text for text in texts if "\nis " in text] == ["frog 98.7 %\nis dog", "dog 78.7 %\nis cat"]
+    assert [axis.images[0].get_array().max() for axis in drawn[1].axes if axis.images] == [2, 1]
+    assert any("2 of 4 images wrong" in text for text in texts)
+
+
+def test_the_solid_curve_is_of_the_test_images(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    row = {"lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 2, "test_accuracy": 60}
+    drawing.curves({"r1": [row | {"epoch": epoch} for epoch in (1, 2)]}, "curves")
+    found = [{line.get_linestyle(): [*line.get_ydata()] for line in axis.lines} for axis in drawn[0].axes]
+    assert found == [{"-": [60, 60], ":": [50, 50]}, {"-": [2, 2], ":": [1, 1]}, {"-": [0.1, 0.1]}]
 
 
 def all_texts(figure):
@@ -74,6 +86,15 @@ def all_texts(figure):
     for axis in figure.axes:
         texts += [axis.get_title(), *(text.get_text() for text in axis.texts)]
     return texts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run on the images of `folders`."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, ROOT / R1, "--data", write_images(folder / "pictures"), "--epochs", "1"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "checkpoints/cifar10_r1"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +116,8 @@ def all_texts(figure):
         ("", "the following arguments are required: RUN"),
     ],
 )
-def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
-    if "{run}" in flags:
-        script(R1, "--data", folders, "--epochs", 1)
+def test_mistakes_are_refused(refused, tmp_path, trained, folders, flags, words):
+    shutil.copytree(trained, tmp_path / "checkpoints/cifar10_r1")
     other = write_images(tmp_path / "other", classes=("cat", "dog"), train=2, test=2) if "{other}" in flags else None
     if "x.pgf" in flags and shutil.which("xelatex"):
         pytest.skip("LaTeX is installed")
@@ -113,9 +133,8 @@ def test_mistakes_are_refused(refused, script, tmp_path, folders, flags, words):
     assert words in refused("plot.py", *flags.format(run="checkpoints/cifar10_r1", other=other, data=folders).split())
 
 
-def test_two_runs_of_the_same_name_are_two_curves(script, tmp_path, folders, monkeypatch):
-    for here in ("one", "two"):
-        script(R1, "--data", folders, "--epochs", 1, "--checkpoints", here)
+def test_two_runs_of_the_same_name_are_two_curves(tmp_path, monkeypatch):
+    write_logs(tmp_path / "one/cifar10_r1", tmp_path / "two/cifar10_r1")
     drawn = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot, "curves", lambda logs, path: drawn.update(logs))
@@ -176,12 +195,6 @@ def test_no_label_of_the_costs_lies_on_another_or_on_a_dot(monkeypatch):
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
         assert not any(box.contains(*dot) for box in boxes for dot in dots)
         assert all(abs(box.y0 - dot[1]) < 60 for box, dot in zip(boxes, dots[1::2], strict=True))  # near its own
-
-
-def test_a_suffix_in_capitals(script, tmp_path, folders):
-    script(R1, "--data", folders, "--epochs", 1)
-    script("plot.py", *["checkpoints/cifar10_r1"] * 2, "--output", "C.PNG")
-    assert (tmp_path / "C.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_import_leaves_matplotlibs_settings_alone():

@@ -97,6 +97,14 @@ def test_fewer_epochs_than_are_done(script, refused, tmp_path, folders):
     assert len(log(tmp_path / "checkpoints/cifar10_r1")) == 3
 
 
+def test_a_network_of_another_normalisation_is_not_evaluated(script, refused, tmp_path, folders):
+    script(R1, "--data", folders, "--epochs", 1)
+    for name, other in (("mean", "STD = (0.5, 0.5, 0.5)\nMEAN"), ("std", "MEAN = (0.5, 0.5, 0.5)\nSTD")):
+        path = edited(tmp_path, R1, ("MEAN = STD = (0.5, 0.5, 0.5)", f"{other} = (0.4, 0.5, 0.5)"))
+        line = refused(path, "--data", folders, "--evaluate")
+        assert f"last.pt holds a network with {name} [0.5, 0.5, 0.5], this run's has [0.4, 0.5, 0.5]" in line
+
+
 def test_what_is_a_difference():
     one = {"constants": {"A": 1, "EPOCHS": 5}, "epochs": 5, "optimizer": {"name": "SGD", "old": 1}, "data": "x"}
     for changes, words in (

@@ -1,7 +1,9 @@
 """Each script hands over to the training what its constants and flags say. Nothing is trained."""
 
 import functools
+import itertools
 import json
+from types import SimpleNamespace
 
 import utils
 
@@ -10,10 +12,14 @@ import torch
 from helpers import MOBILENET, R1, R2, R3, R4, R5
 from torch import nn
 
+import harness.records
+import reproduce
 from harness.checkpoints import Checkpoints
 from harness.devices import name_precision
 from harness.loader import Loader
+from harness.recipe import first_difference
 from harness.records import Records
+from harness.results import RESULTS, read_folder
 from models import WhitenedCNN
 
 ADAMW = {"optimizer.name": "AdamW", "optimizer.weight_decay": "WEIGHT_DECAY", "optimizer.betas": [0.9, 0.999]}
@@ -153,6 +159,17 @@ def test_a_script_does_what_it_says(script, tmp_path, folders, line):
         unused = constants.keys() - used - (OF_STEMS if name == R4 else set())
         assert extra or not unused, "a constant that no line of the table looks at"
         assert extra or name != R4 or len(used & OF_STEMS) == 2
+        for record in [] if extra else records_of(line):
+            theirs = record["recipe"] | {"constants": {}}  # early records lack some constants, which lead to settings
+            ours = {key: recipe[key] for key in theirs} | {"constants": {}}
+            of_the_data = {"data", "num_classes", "seed"} | ({"factors"} if name == R5 else set())  # one for each batch
+            assert not first_difference(theirs, ours, of_the_data), "a figure of README is of another recipe"
+
+
+def records_of(line):
+    """Return the records of a row without --epochs in README's table."""
+    rows = {row.command.removesuffix(" --resume"): name for name, row in reproduce.ROWS.items()}
+    return read_folder(RESULTS / "cpu").get(rows[line], [])
 
 
 # -------------------------------------------------------------------------------------- what utils.py does
@@ -239,9 +256,15 @@ def test_a_row_of_the_confusion_matrix_is_a_class():
     assert utils.per_class_accuracy(confusion).tolist() == [50, 100, 100]
 
 
-def test_the_best_epoch_is_the_first_with_the_best_test_accuracy(tmp_path):
+def test_the_figures_of_the_epochs(tmp_path, monkeypatch, capsys):
+    """The best epoch is the first with the best test accuracy, and each has its own seconds."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(harness.records, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     records = Records(tmp_path, "test", torch.device("cpu"), torch.float32, tensorboard=False)
     records.begin_epoch(0.1)
     for epoch, (train, test) in enumerate([(50, 40), (60, 45), (70, 45), (80, 42)], 1):
         records.add_epoch(epoch, (1.0, train), (1.0, test), 0.1)
     assert records.best_row()["epoch"] == 2
+    assert [row["seconds"] for row in records.rows] == [10] * 4
+    records.print_end()
+    assert capsys.readouterr().out.startswith("Best epoch, chosen on the test images: 2 with 45.0 %\n")

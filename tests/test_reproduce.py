@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, write_images
 
+import harness.results
 import reproduce
 from harness import drawing, pages
 from harness.files import sha256_of
@@ -251,6 +252,24 @@ def test_ray_without_a_cluster_or_ray(refused, folders):
     if importlib.util.find_spec("ray"):
         for address in ("127.0.0.1:1", "127.0.0.1:no", "auto"):
             assert f"--ray {address}: no cluster answers; " in refused("reproduce.py", *flags, address)
+
+
+def test_each_job_has_a_folder_and_r3_waits_for_r2_of_its_seed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--seeds", "2"])
+    args = reproduce.parse_args()
+    jobs = reproduce.make_jobs(args, tmp_path)
+    assert len({job.folder for job in jobs}) == len({job.record for job in jobs}) == 2 * len(reproduce.ROWS)
+    tasks = [reproduce.task_of(job, args) for job in jobs]
+    waiting = {task.name: task.after for task in tasks if task.after}
+    assert waiting == {f"r3, seed {seed}": f"r2-crop, seed {seed}" for seed in (0, 1)}
+
+
+def test_a_users_own_records_are_in_no_table(monkeypatch, tmp_path):
+    for machine in ("cpu", "mine", "mine-synthetic"):
+        (tmp_path / machine).mkdir()
+        shutil.copy(RESULTS / "cpu/r1-seed0.json", tmp_path / machine)
+    monkeypatch.setattr(harness.results, "RESULTS", tmp_path)
+    assert read_records().keys() == {"cpu"} and read_records(tmp_path / "mine").keys() == {"cpu", "mine"}
 
 
 def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):

@@ -336,6 +336,23 @@ def test_moments_fit_the_memory_format_of_the_weights(made):
         torch.testing.assert_close(one, another)
 
 
+def test_a_run_takes_its_bases_moments_and_keeps_its_own_settings():
+    def begin(lr, weight_decay):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        return State(utils.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, torch.float32), None)
+
+    base, own = begin(0.1, 0.2), begin(0.01, 0)
+    base.model(torch.ones(1, 2)).sum().backward()
+    base.optimizer.step()
+    checkpoint = copy.deepcopy({"weights": base.model.state_dict()} | base.saved_parts())
+    own.load_parts(Path("last.pt"), checkpoint, is_base=True)
+    for one, other in zip(base.parameters(), own.parameters(), strict=True):
+        assert torch.equal(base.optimizer.state[one]["exp_avg"], own.optimizer.state[other]["exp_avg"])
+    (group,) = own.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.01, 0)
+
+
 def test_the_rate_of_the_run_is_no_change():
     """The same command with --lr and --resume keeps what a schedule without initial_lr, or a hand, made of it."""
     model = torch.nn.Linear(2, 2)

@@ -20,6 +20,7 @@ import predict
 from harness.data import load_data
 from harness.devices import choose_device, choose_precision
 from harness.files import read_checkpoint
+from harness.operations import petaflop
 from harness.synthetic import SHAPES
 from harness.terminal import UserError
 
@@ -59,6 +60,7 @@ def test_a_run_leaves_its_record(script, tmp_path, folders):
     assert record["best_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
     assert record["best_epoch"] == 1 + [float(row["test_accuracy"]) for row in rows].index(record["best_accuracy"])
     assert record["seconds"] > 0 and record["versions"]["torch"] == torch.__version__
+    assert record["petaflop"] == petaflop(models.TutorialCNN(3), 3 * 90)
     assert str(tmp_path) not in (folder / "run.json").read_text()
     best = torch.load(folder / "best.pt", weights_only=True)
     assert (best["model"], best["arguments"]) == ("TutorialCNN", {"num_classes": 3})
@@ -200,15 +202,6 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(script, refused, 
 def test_the_precision_that_is_not_the_default(script, folders, name, precision):
     out = script(name, "--data", folders, "--epochs", 1, "--precision", precision).stdout
     assert f"on cpu in {precision}\n" in out
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(refused, script, tmp_path, folders):
-    script(R1, "--data", folders, "--epochs", 1)
-    last = tmp_path / "checkpoints/cifar10_r1/last.pt"
-    before = last.read_bytes()
-    line = refused(R1, "--data", folders, "--epochs", 9, "--resume", "--lr", 1e30)
-    assert re.search(r"epoch:2: the loss is not finite at step \d+; use a lower --lr", line)
-    assert last.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- user errors
