@@ -88,17 +88,24 @@ def read_picture(path: str | Path) -> torch.Tensor:
 
 
 def likeliest_classes(
-    classifier: Classifier, paths: Sequence[str | Path]
+    classifier: Classifier, paths: Sequence[str | Path], errors: list[UserError]
 ) -> Iterator[tuple[str | Path, dict[str, float]]]:
     """Yield each picture's path, and the probabilities of its three likeliest classes by class.
 
-    Raises UserError if a picture cannot be read.
+    A picture that cannot be read is left out, and its error is added to `errors`.
     """
     for first in range(0, len(paths), BATCH_SIZE):
-        batch = paths[first : first + BATCH_SIZE]
-        images = torch.stack([read_picture(path) for path in batch]).to(classifier.mean.device)
-        top = classifier(images).softmax(1).topk(min(3, len(classifier.classes)))
-        for path, probabilities, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
+        images = {}
+        for path in paths[first : first + BATCH_SIZE]:
+            try:
+                images[path] = read_picture(path)
+            except UserError as error:
+                errors.append(error)
+        if not images:
+            continue
+        logits = classifier(torch.stack([*images.values()]).to(classifier.mean.device))
+        top = logits.softmax(1).topk(min(3, len(classifier.classes)))
+        for path, probabilities, indices in zip(images, top.values.tolist(), top.indices.tolist(), strict=True):
             yield path, {classifier.classes[i]: p for i, p in zip(indices, probabilities, strict=True)}
 
 
@@ -144,11 +151,6 @@ def picture_file(name: str) -> Path:
     return picture_path(name)
 
 
-def percentages(probabilities: dict[str, float]) -> list[str]:
-    """Return each class with its probability as text."""
-    return [f"{name} {100 * p:.1f} %" for name, p in probabilities.items()]
-
-
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -192,21 +194,26 @@ def main() -> None:
     paths = []
     for given in args.pictures:
         paths += find_images(given, skip_links=True) if given.is_dir() else [given]
-    predictions = []
+    predictions, errors = [], []
     with progress_bar(total=len(paths), leave=False) as bar:
-        for path, probabilities in likeliest_classes(classifier, paths):
+        for path, probabilities in likeliest_classes(classifier, paths, errors):
             predictions.append({"file": str(path), "probabilities": probabilities})
             if not args.json:
-                line = escape_unprintable(f"{path}: {', '.join(percentages(probabilities))}")
-                bar.write(line, file=sys.stdout)
+                percentages = ", ".join(f"{name} {100 * p:.1f} %" for name, p in probabilities.items())
+                bar.write(escape_unprintable(f"{path}: {percentages}"), file=sys.stdout)
             bar.update()
     if args.json:
         print(json.dumps(network | {"predictions": predictions}, indent=1))
-    if args.plot:
+    if args.plot and predictions:
         from harness.drawing import pictures
 
-        pictures({each["file"]: percentages(each["probabilities"]) for each in predictions}, args.plot)
-        print(f"the pictures are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
+        drawn = pictures({each["file"]: each["probabilities"] for each in predictions}, args.plot)
+        which = "the pictures" if drawn == len(predictions) else f"the first {drawn} of {len(predictions)} pictures"
+        print(f"{which} are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
+    for error in errors[:-1]:
+        print(escape_unprintable(f"predict.py: error: {error}"), file=sys.stderr)
+    if errors:
+        raise errors[-1]
 
 
 if __name__ == "__main__":

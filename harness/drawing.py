@@ -122,22 +122,25 @@ def mistakes(
     save(figure, path)
 
 
-def cut(name: str) -> str:
-    """Return a class's name as it fits above a small picture."""
-    return name if len(name) <= 10 else f"{name[:9]}…"
+def cut(text: str, length: int = 10) -> str:
+    """Return a text as it fits above a small picture, of up to `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 @own_settings
-def pictures(texts: dict[str, list[str]], path: Path) -> None:
-    """Draw the first 40 pictures, by path, each with its lines of text."""
-    shown = [*texts.items()][:40]
+def pictures(probabilities: dict[str, dict[str, float]], path: Path) -> int:
+    """Draw the first 40 pictures, each with its name and its probabilities by class. Return how many are drawn.
+
+    probabilities: by the picture's path.
+    """
+    shown = [*probabilities.items()][:40]
     columns = min(5, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(2 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(2 * columns, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
-    for axis, (name, lines) in zip(axes, shown, strict=False):
+    for axis, (name, by_class) in zip(axes, shown, strict=False):
         with warnings.catch_warnings(action="ignore"), Image.open(name) as image:  # Pillow's advice
             image = ImageOps.exif_transpose(image).convert("RGB")
             image.thumbnail((200, 200))
@@ -145,8 +148,10 @@ def pictures(texts: dict[str, list[str]], path: Path) -> None:
         axis.axis("on")
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_title("\n".join(map(escape_unprintable, lines)), size=10)
+        lines = [cut(Path(name).name, 20), *(f"{cut(each)} {100 * p:.1f} %" for each, p in by_class.items())]
+        axis.set_title("\n".join(map(escape_unprintable, lines)), size=9)
     save(figure, path)
+    return len(shown)
 
 
 @own_settings

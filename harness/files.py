@@ -38,7 +38,8 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         os.replace(new, path)
         sync_folder(path.parent)
     except BaseException as error:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not exist, or the file system cannot be written at all
+            new.unlink()
         if not isinstance(error, OSError):  # such as a signal
             raise
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is intact") from None

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import utils
 
@@ -352,6 +353,16 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("named"), replace(*paths)))
     write_atomically(tmp_path / "last.pt", b"12345")
     assert events[:2] == [5, "named"]
+
+
+def test_a_file_system_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*paths, **settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written: Read-only file system"):
+        write_atomically(tmp_path / "last.pt", b"1")
 
 
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):

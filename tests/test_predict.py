@@ -57,6 +57,19 @@ def test_three_classes_are_shown_and_synthetic_images_are_said(script, tmp_path)
     assert second.count("%") == 3
 
 
+def test_a_bad_picture_costs_no_other(script, tmp_path, trained):
+    write_images(tmp_path / "more", train=2, test=1)
+    folder = tmp_path / "more/train"
+    (folder / "cat/0000.png").write_text("no picture")
+    (folder / "frog/0001.png").write_text("no picture")
+    for flags in ([], ["--json"], ["--plot", "all.png"]):
+        done = script("predict.py", folder, "--checkpoint", trained, *flags, status=2)
+        shown = [place for place in ("cat/0001", "dog/0000", "dog/0001", "frog/0000") if f"{place}.png" in done.stdout]
+        assert len(shown) == 4 and done.stdout.count(".png") == 4 + (flags == ["--plot", "all.png"])
+        lines = [line for line in done.stderr.splitlines() if line.startswith("predict.py: error: ")]
+        assert ["cat/0000.png" in lines[0], "frog/0001.png" in lines[1]] == [True, True] and len(lines) == 2
+
+
 def test_pictures_are_drawn(script, tmp_path, trained):
     for number in range(7):
         Image.new("RGB", (300, 200), (40, 160, 40)).save(tmp_path / f"{number}.jpg")
