@@ -55,7 +55,7 @@ def main() -> None:
     recipe = checkpoint.get("recipe")
     if not recipe:
         raise UserError(f"{path} is for inference and does not name its data; plot.py needs a run's own")
-    if classifier.data == "class folders" and not Path(args.data).exists():
+    if classifier.data == "class folders" and not (Path(args.data) / "train").exists():
         parser.error(f"{folder} was trained on class folders; name them with --data")  # instead of a download
     data = load_data("synthetic" if classifier.data == "synthetic" else args.data)
     if recipe.get("holdout"):

@@ -14,7 +14,7 @@ from harness.files import (
     write_atomically,
     write_checkpoint,
 )
-from harness.folder import RunFolder, find_best, resumable_files
+from harness.folder import RunFolder, earlier_run, find_best, resumable_files
 from harness.operations import petaflop
 from harness.processes import RANK, broadcast, gather
 from harness.recipe import check_same, describe_recipe, describe_script, first_difference, shared_with_base
@@ -113,7 +113,7 @@ class Checkpoints:
         """Load the weights that --evaluate names and return their epoch."""
         path = self.folder / "last.pt" if self.args.evaluate is True else self.args.evaluate
         if not path.exists():
-            raise UserError(f"no {path} to evaluate; train this run first, or name a file")
+            raise UserError(f"no {path} to evaluate; train this run first, or name a file{earlier_run(path.parent)}")
         checkpoint = read_checkpoint(path)
         if self.args.holdout and checkpoint.get("tested_on", "test") == "test":
             raise UserError(f"{path} was trained on the held-out images too; evaluate it without --holdout")
@@ -136,9 +136,10 @@ class Checkpoints:
                 return base_files
             raise UserError(
                 f"no {folder / 'last.pt'}, which {self.args.script} starts from; run {self.base_command} first, {SAME}"
+                f"{earlier_run(folder)}"
             )
         if self.args.resume:
-            print(f"no {self.folder / 'last.pt'} to resume, starting the run", flush=True)
+            print(f"no {self.folder / 'last.pt'} to resume, starting the run{earlier_run(self.folder)}", flush=True)
         return []
 
     def resume(self, path: Path, checkpoint: dict) -> None:

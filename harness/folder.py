@@ -90,6 +90,15 @@ class RunFolder:
         print(f"the run that was in {self.path} is now in {earlier}", flush=True)
 
 
+def earlier_run(folder: Path) -> str:
+    """Return where the last run is that was moved out of this folder, as the end of a message, or an empty text."""
+    numbers = [
+        path.name.removeprefix(f"{folder.name}.earlier") for path in folder.parent.glob(f"{folder.name}.earlier*")
+    ]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=None)
+    return f"; an earlier run is in {folder}.earlier{last}" if last else ""
+
+
 def resumable_files(folder: Path) -> list[Path]:
     """Return the paths of last.pt and last.previous.pt in a run's folder, if they exist."""
     return [path for path in (folder / "last.pt", folder / "last.previous.pt") if path.exists()]

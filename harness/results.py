@@ -136,10 +136,15 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
         before, after = map(read_folder, folders)
         groups = [(name, before[name], after[name]) for name in names if name in before and name in after]
     if not groups:
-        raise UserError(f"--compare {one} {other}: neither two rows nor two folders with records of the same row")
+        raise UserError(
+            f"--compare {one} {other}: neither two of --only's rows nor two folders with records of the same row"
+        )
     for name, *pair in groups:
         if min(map(len, pair)) < 2:
-            raise UserError(f"{name}: {len(pair[0])} and {len(pair[1])} records; a comparison needs two seeds each")
+            where = f" in {own_folder}" if one in names else ""
+            raise UserError(
+                f"{name}: {len(pair[0])} and {len(pair[1])} records{where}; a comparison needs two seeds each"
+            )
         values = [[record["accuracy"] for record in records] for records in pair]
         lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
     return "\n".join(lines)
@@ -150,7 +155,11 @@ def verdict(found: Difference) -> str:
     told = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]: the second is "
     if found.low > 0 or found.high < 0:
         return told + ("better" if found.mean > 0 else "worse")
-    needed = f"about {found.seeds:.0f} seeds each would show" if found.seeds < 1e6 else "no number of seeds would show"
+    needed = (
+        f"about {found.seeds:.0f} seeds each would mostly show"
+        if found.seeds < 1e6
+        else "no number of seeds would show"
+    )
     return told + f"not distinguishable from the first with this many seeds; {needed} a difference of this size"
 
 

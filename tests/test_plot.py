@@ -104,6 +104,7 @@ def trained(tmp_path_factory):
         ("nowhere {run}", "no nowhere/log.csv"),
         ("{run} --data {other}", "was trained on other data than --data"),
         ("{run}", "was trained on class folders; name them with --data"),
+        ("{run} --data empty", "was trained on class folders; name them with --data"),
         ("{run} --output x.png", "--output is for several runs"),
         ("{run} {run} --output x.txt", "argument --output: 'x.txt' has no picture suffix"),
         ("{run} {run} --output missing/x.png", "missing/x.png cannot be written"),
@@ -126,6 +127,7 @@ def test_mistakes_are_refused(refused, tmp_path, trained, folders, flags, words)
         best.mkdir()
         shutil.copy(best.parent / "best.pt", best / "last.pt")
         shutil.copy(best.parent / "log.csv", best)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "huge").mkdir()
     (tmp_path / "huge/log.csv").write_text(f"epoch,lr\n1,{'9' * 200_000}\n")
     (tmp_path / "bad").mkdir()
