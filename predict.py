@@ -7,7 +7,7 @@ python predict.py --export model.onnx          # for use without this repository
 
 Pictures of any size are scaled to 32x32 as in ImageNet32x32 (Chrabaszcz, Loshchilov and Hutter, "A Downsampled Variant
 of ImageNet as an Alternative to the CIFAR datasets", 2017): the whole picture, whatever its shape, by averaging over
-boxes. An object that fills the picture is classified best, as in CIFAR-10 itself.
+boxes. What is transparent becomes white. An object that fills the picture is classified best, as in CIFAR-10 itself.
 """
 
 import argparse

@@ -188,6 +188,14 @@ def raise_error(error: OSError) -> NoReturn:
     raise error
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, upright as the camera noted, and with white behind what is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     """Return an image's pixels: uint8 of shape (32, 32, 3).
 
@@ -207,7 +215,7 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
             # convert() would clip modes of 16 and 32 bits a pixel to white. Pillow cuts 16-bit colours to 8 bits.
             if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
                 raise UserError(f"{path} has more than 8 bits a channel; convert or remove it")
-            pixels = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the camera noted
+            pixels = as_seen(image)
             if resize:
                 pixels = pixels.resize((32, 32), Image.Resampling.BOX)
             return np.asarray(pixels)

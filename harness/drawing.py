@@ -17,9 +17,9 @@ from matplotlib.figure import Figure  # without pyplot there is no window and no
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageOps
+from PIL import Image
 
-from harness.data import Data
+from harness.data import Data, as_seen
 from harness.files import write_atomically
 from harness.records import read_log
 from harness.statistics import interval
@@ -142,7 +142,7 @@ def pictures(probabilities: dict[str, dict[str, float]], path: Path) -> int:
         axis.axis("off")
     for axis, (name, by_class) in zip(axes, shown, strict=False):
         with warnings.catch_warnings(action="ignore"), Image.open(name) as image:  # Pillow's advice
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = as_seen(image)
             image.thumbnail((200, 200))
             axis.imshow(np.asarray(image))
         axis.axis("on")

@@ -114,6 +114,15 @@ def test_a_picture_of_32x32_is_left_as_it_is(tmp_path):
         assert np.array_equal(predict.read_picture(tmp_path / name).permute(1, 2, 0), pixels)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    picture.paste((40, 40, 40, 255), (0, 0, 32, 16))
+    picture.convert(mode).save(tmp_path / "cut_out.png")
+    pixels = predict.read_picture(tmp_path / "cut_out.png")
+    assert (pixels[:, :16] == 40).all() and (pixels[:, 16:] == 255).all()
+
+
 def test_a_photo_is_turned_the_right_way_up(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     exif = Image.Exif()
