@@ -95,17 +95,18 @@ def likeliest_classes(
     A picture that cannot be read is left out, and its error is added to `errors`.
     """
     for first in range(0, len(paths), BATCH_SIZE):
-        images = {}
+        batch, images = [], []
         for path in paths[first : first + BATCH_SIZE]:
             try:
-                images[path] = read_picture(path)
+                images.append(read_picture(path))
+                batch.append(path)
             except UserError as error:
                 errors.append(error)
         if not images:
             continue
-        logits = classifier(torch.stack([*images.values()]).to(classifier.mean.device))
+        logits = classifier(torch.stack(images).to(classifier.mean.device))
         top = logits.softmax(1).topk(min(3, len(classifier.classes)))
-        for path, probabilities, indices in zip(images, top.values.tolist(), top.indices.tolist(), strict=True):
+        for path, probabilities, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
             yield path, {classifier.classes[i]: p for i, p in zip(indices, probabilities, strict=True)}
 
 
@@ -207,7 +208,7 @@ def main() -> None:
     if args.plot and predictions:
         from harness.drawing import pictures
 
-        drawn = pictures({each["file"]: each["probabilities"] for each in predictions}, args.plot)
+        drawn = pictures([(each["file"], each["probabilities"]) for each in predictions], args.plot)
         which = "the pictures" if drawn == len(predictions) else f"the first {drawn} of {len(predictions)} pictures"
         print(f"{which} are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
     for error in errors[:-1]:

@@ -103,9 +103,7 @@ def train(train_step: TrainStep, loader: Loader, epoch: int) -> tuple[float, flo
     loader.set_epoch(epoch)
     torch.manual_seed(epoch_seed(loader.seed, epoch) + RANK)  # dropout, and a Loader's transform
     with Meter(f"Train epoch:{epoch}", loader.batch_sizes, loader.device) as meter:
-        for (images, labels), weight in zip(
-            loader, loader.weights, strict=True
-        ):  # a weight is 1, except under torchrun
+        for (images, labels), weight in zip(loader, loader.weights, strict=True):  # weight 1, except under torchrun
             loss, logits = train_step(images, labels, weight)
             meter.update(loss, logits, labels)
         metrics = meter.total()

@@ -128,19 +128,19 @@ def cut(text: str, length: int = 10) -> str:
 
 
 @own_settings
-def pictures(probabilities: dict[str, dict[str, float]], path: Path) -> int:
-    """Draw the first 40 pictures, each with its name and its probabilities by class. Return how many are drawn.
+def pictures(predictions: list[tuple[str, dict[str, float]]], path: Path) -> int:
+    """Draw the first 40 pictures, each with its name and its classes. Return how many are drawn.
 
-    probabilities: by the picture's path.
+    predictions: of each picture its path, and its probabilities by class.
     """
-    shown = [*probabilities.items()][:40]
+    shown = predictions[:40]
     columns = min(5, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2 * columns, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
-    for axis, (name, by_class) in zip(axes, shown, strict=False):
+    for axis, (name, probabilities) in zip(axes, shown, strict=False):
         with warnings.catch_warnings(action="ignore"), Image.open(name) as image:  # Pillow's advice
             image = as_seen(image)
             image.thumbnail((200, 200))
@@ -148,7 +148,7 @@ def pictures(probabilities: dict[str, dict[str, float]], path: Path) -> int:
         axis.axis("on")
         axis.set_xticks([])
         axis.set_yticks([])
-        lines = [cut(Path(name).name, 20), *(f"{cut(each)} {100 * p:.1f} %" for each, p in by_class.items())]
+        lines = [cut(Path(name).name, 20), *(f"{cut(each)} {100 * p:.1f} %" for each, p in probabilities.items())]
         axis.set_title("\n".join(map(escape_unprintable, lines)), size=9)
     save(figure, path)
     return len(shown)

@@ -71,9 +71,8 @@ def test_a_bad_picture_costs_no_other(script, tmp_path, trained):
 
 
 def test_pictures_are_drawn(script, tmp_path, trained):
-    for number in range(7):
-        Image.new("RGB", (300, 200), (40, 160, 40)).save(tmp_path / f"{number}.jpg")
-    pictures = [f"{number}.jpg" for number in range(7)]
+    Image.new("RGB", (300, 200), (40, 160, 40)).save(tmp_path / "green.jpg")
+    pictures = ["green.jpg"] * 7
     out = script("predict.py", *pictures, "--checkpoint", trained, "--plot", "all.png").stdout
     assert out.endswith("the pictures are in all.png\n")
     drawn = np.asarray(Image.open(tmp_path / "all.png").convert("RGB")).astype(int)
@@ -81,6 +80,8 @@ def test_pictures_are_drawn(script, tmp_path, trained):
     assert 0.2 < green < 0.6 and drawn.shape[1] > drawn.shape[0]  # seven pictures in two rows of five
     last = drawn[drawn.shape[0] // 2 :]
     assert (abs(last - (40, 160, 40)).max(2) < 12).any() and (last[:, last.shape[1] // 2 :] == 255).mean() > 0.95
+    out = script("predict.py", *pictures * 6, "--checkpoint", trained, "--plot", "some.png").stdout
+    assert out.count("green.jpg: ") == 42 and out.endswith("the first 40 of 42 pictures are in some.png\n")
 
 
 def test_more_pictures_than_a_batch(script, tmp_path, trained):
