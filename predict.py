@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.terminal import CommandLine, UserError, escape_unprintable, nonempty_path, progress_bar, run
+from harness.terminal import CommandLine, UserError, escape_unprintable, nonempty_path, print_error, progress_bar, run
 
 # isort: split
 # PyTorch comes after our own, see harness/__init__.py
@@ -212,7 +212,7 @@ def main() -> None:
         which = "the pictures" if drawn == len(predictions) else f"the first {drawn} of {len(predictions)} pictures"
         print(f"{which} are in {args.plot}", file=sys.stderr if args.json else sys.stdout)
     for error in errors[:-1]:
-        print(escape_unprintable(f"predict.py: error: {error}"), file=sys.stderr)
+        print_error(f"error: {error}")
     if errors:
         raise errors[-1]
 

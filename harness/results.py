@@ -129,11 +129,11 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
     """
     lines = []
     if one in names and other in names:
-        rows = read_folder(own_folder)
+        rows, where = read_folder(own_folder), f" in {own_folder}"
         groups = [(f"{one} -> {other}", rows.get(one, []), rows.get(other, []))]
     else:
         folders = [RESULTS / name if (RESULTS / name).is_dir() else Path(name) for name in (one, other)]
-        before, after = map(read_folder, folders)
+        (before, after), where = map(read_folder, folders), ""
         groups = [(name, before[name], after[name]) for name in names if name in before and name in after]
     if not groups:
         raise UserError(
@@ -141,7 +141,6 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
         )
     for name, *pair in groups:
         if min(map(len, pair)) < 2:
-            where = f" in {own_folder}" if one in names else ""
             raise UserError(
                 f"{name}: {len(pair[0])} and {len(pair[1])} records{where}; a comparison needs two seeds each"
             )

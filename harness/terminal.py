@@ -95,7 +95,7 @@ def exit_with(status: int, line: str) -> NoReturn:
     if RANK > 0:  # rank 0 prints most errors for all ranks, then torchrun ends the others during this sleep
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(f"{Path(sys.argv[0]).name}: {escape_unprintable(line)}", file=sys.stderr, flush=True)
+    print_error(line)
     try:
         sys.stdout.flush()
     except OSError:  # the disk is full or the reader has ended, which Python would report again at exit
@@ -103,6 +103,11 @@ def exit_with(status: int, line: str) -> NoReturn:
     if WORLD_SIZE > 1:
         os._exit(status)  # a group that has lost a member may never shut down
     sys.exit(status)
+
+
+def print_error(line: str) -> None:
+    """Print the script's name and the line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: {escape_unprintable(line)}", file=sys.stderr, flush=True)
 
 
 def escape_unprintable(text: str) -> str:
