@@ -182,7 +182,8 @@ def test_several_at_once_are_killed_and_go_on(start, script, tmp_path, monkeypat
     for seed in range(3):
         epochs = re.findall(rf"r1, seed {seed}: epoch:(\d+)/26 ", out)
         assert epochs == [str(epoch) for epoch in range(27 - len(epochs), 27)]
-    assert int(re.search(r"r1, seed 0: resuming .* after epoch (\d+)", out)[1]) in range(4, 26)
+    resumed = int(re.search(r"r1, seed 0: resuming .* after epoch (\d+)", out)[1])
+    assert 3 <= resumed < 26  # log.csv has an epoch a moment before last.pt
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags[flags.index("--jobs") + 1] = 1
     script("reproduce.py", *flags, "--checkpoints", "again", "--results", "again-results")
