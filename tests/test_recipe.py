@@ -38,11 +38,12 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     flags = ["--data", folders, "--batch-size", 30, "--epochs", 1, "--resume"]
     script(edited(tmp_path, R4), *flags)
     record = json.loads((tmp_path / "checkpoints/cifar10_r4/run.json").read_text())
-    assert record["recipe"]["constants"]["CUTOUT"] == 8 and record["recipe"]["flags"] == {"stem": "imagenet"}
+    assert record["recipe"]["constants"]["CUTOUT"]["imagenet"] == 8
+    assert record["recipe"]["flags"] == {"stem": "imagenet"}
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)"
     for edit, words in (
-        (("CUTOUT = 8", "CUTOUT = 12"), "with CUTOUT 8, this one has 12; make them agree"),
-        (("LABEL_SMOOTHING = 0.1", "LABEL_SMOOTHING = 0"), "LABEL_SMOOTHING 0.1, this one has 0;"),
+        (('"imagenet": 8', '"imagenet": 12'), "with CUTOUT imagenet 8, this one has 12; make them agree"),
+        (("MOMENTUM = 0.9", "MOMENTUM = 0.8"), "MOMENTUM 0.9, this one has 0.8;"),
         (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
         (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
@@ -226,13 +227,13 @@ def test_a_new_experiment_needs_no_other_file(script, tmp_path, folders):
         R4,
         (
             "    args = parser.parse_args()\n",
-            '    parser.add_argument("--cutout", type=int, default=CUTOUT)\n'
+            '    parser.add_argument("--cutout", type=int, default=CUTOUT["imagenet"])\n'
             '    parser.add_argument("--loss", choices=["smooth", "plain"], default="smooth")\n'
             '    parser.add_argument("--no-crop", action="store_false", dest="crop")\n'
             "    args = parser.parse_args()\n",
         ),
-        ("crop=4, cutout=CUTOUT", "crop=4 * args.crop, cutout=args.cutout"),
-        ("label_smoothing=label_smoothing", 'label_smoothing=label_smoothing if args.loss == "smooth" else 0'),
+        ("crop=4, cutout=CUTOUT[args.stem]", "crop=4 * args.crop, cutout=args.cutout"),
+        ("LABEL_SMOOTHING[args.stem]", 'LABEL_SMOOTHING[args.stem] if args.loss == "smooth" else 0'),
     ).rename(tmp_path / "cifar10_r9.py")
     flags = ["--data", folders, "--batch-size", 30, "--epochs", 2, "--cutout", 4, "--loss", "plain", "--no-crop"]
     first = script(path, *flags).stdout
