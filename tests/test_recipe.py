@@ -43,7 +43,7 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)"
     for edit, words in (
         (('"imagenet": 8', '"imagenet": 12'), "with CUTOUT imagenet 8, this one has 12; make them agree"),
-        (("MOMENTUM = 0.9", "MOMENTUM = 0.8"), "MOMENTUM 0.9, this one has 0.8;"),
+        (('"imagenet": 0.1', '"imagenet": 0'), "LABEL_SMOOTHING imagenet 0.1, this one has 0;"),
         (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
         (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
