@@ -60,8 +60,6 @@ ROWS = {
     "r4-cifar-nopool-long": Row("cifar10_r4.py --stem cifar-nopool --epochs 80", "cifar10_r4-cifar-nopool", 95.5),
     "r5": Row("cifar10_r5.py", "cifar10_r5", 94),
     "r5-tta": Row("cifar10_r5.py --tta", "cifar10_r5-tta", 94),
-    # its epochs are chosen to take an hour and a half on two CPU cores
-    "mobilenetv2-short": Row("train_mobilenetv2.py --epochs 24", "train_mobilenetv2", 91),
     "mobilenetv2": Row("train_mobilenetv2.py", "train_mobilenetv2", 93.58),
     "mobilenetv2-long": Row("train_mobilenetv2.py --epochs 200", "train_mobilenetv2", 94.5),
 }

@@ -12,13 +12,15 @@ from torch import nn
 
 from models import MobileNetV2
 
-EPOCHS = 60
+EPOCHS = 54  # nearly two and a half hours on two CPU cores
 BATCH_SIZE = 256
 LR = 0.2  # at the peak of the schedule
 PEAK = 0.25  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-4
 LABEL_SMOOTHING = 0.1
+CUTOUT = 8  # pixels; against overfitting
+JITTER = 0.14  # of brightness and contrast
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as in much CIFAR-10 code
 
@@ -28,7 +30,8 @@ def main():
     args = parser.parse_args()
 
     device = utils.set_up(args)
-    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, flip=True, crop=4)
+    augmentation = dict(flip="alternating", crop=4, reflect=True, cutout=CUTOUT, jitter=JITTER)
+    data, train_loader, test_loader = utils.dataloaders(args, device, MEAN, STD, **augmentation)
     torch.manual_seed(args.seed)
     model = MobileNetV2(num_classes=len(data.classes)).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)

@@ -69,9 +69,8 @@ def draw_pictures(rows, records: dict[str, list[dict]], folder: Path) -> None:
     rows: reproduce.py's; records: the machine's, in the order of `rows`.
     """
     first = {name: seeds[0] for name, seeds in records.items()}
-    # Rows with -short or -long differ from the usual row in --epochs only. They are drawn only in its absence.
-    usual = {name: name.removesuffix("-short").removesuffix("-long") for name in first}
-    shown = [name for name in first if usual[name] == name or usual[name] not in first]
+    # A row with -long differs from the usual row in --epochs only. It is drawn only in its absence.
+    shown = [name for name in first if not name.endswith("-long") or name.removesuffix("-long") not in first]
     logs, operations = {}, {}
     for name in shown:
         parts = [first[part] for part in (rows[name].after, name) if part in first]

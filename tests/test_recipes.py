@@ -74,7 +74,9 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     f"{R4} --stem cifar-nopool": RESNET_TRIANGLE["cifar-nopool"] | ALTERNATING,
     R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain"},
     f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.tta"},
-    MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | {"network.name": "MobileNetV2"},
+    MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | ALTERNATING | {
+        "augmentation.cutout": "CUTOUT", "augmentation.jitter": "JITTER", "network.name": "MobileNetV2",
+    },
 }  # fmt: skip
 FLAGS = ["--epochs", 7, "--batch-size", 24, "--lr", 0.0123, "--seed", 5, "--precision", "fp32", "--holdout"]
 GIVEN = {"epochs": 7, "batch_size": 24, "lr": 0.0123, "precision": "fp32", "holdout": True, "images": 81}
