@@ -48,6 +48,8 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("cifar10_r5.py", ", jitter=JITTER", "", RECIPES, "r5"),
     ("cifar10_r5.py", ", scheduler)  # stepped", ")  # stepped", RECIPES, "r5"),
     ("train_mobilenetv2.py", "crop=4", "crop=0", RECIPES, "mobilenet"),
+    ("train_mobilenetv2.py", "cutout=CUTOUT", "cutout=0", RECIPES, "mobilenet"),
+    ("train_mobilenetv2.py", "jitter=JITTER", "jitter=0", RECIPES, "mobilenet"),
     ("train_mobilenetv2.py", "train_step, scheduler)", "train_step)", RECIPES, "mobilenet"),
     # utils.py
     ("utils.py", '"seed": args.seed', '"seed": 0', RECIPES, "r1"),
