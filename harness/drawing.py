@@ -200,7 +200,7 @@ def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], p
             ends[axis].append((accuracy[-1], cost[-1], f"{escape_unprintable(name)} {accuracy[-1]:.1f}", color))
     titles = ("minutes of training and testing", "operations of training, in PFLOP")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(xscale="log", xlabel=title, ylim=(50, 102))  # a label above 95 % needs the room
+        axis.set(xscale="log", xlabel=title, ylim=(50, 102))  # room for the labels of the highest dots
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
