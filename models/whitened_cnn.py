@@ -41,16 +41,21 @@ class WhitenedCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with a max-pool between them. Each begins as the identity, as far as its shape allows."""
+    """Two convolutions with a max-pool between them. Each begins as the identity, as far as its shape allows.
+
+    The pool leaves out an odd map's last row and column, so the convolution before it does not compute them.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv1, self.norm1 = Conv3x3(in_channels, out_channels), BatchNorm(out_channels)
+        self.conv1, self.norm1 = Conv3x3(in_channels, out_channels, padding=0), BatchNorm(out_channels)
         self.conv2, self.norm2 = Conv3x3(out_channels, out_channels), BatchNorm(out_channels)
         for conv in (self.conv1, self.conv2):
             nn.init.dirac_(conv.weight[: conv.in_channels])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        x = F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2))  # of zeros, which an even map has at its end as well
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
 

@@ -146,6 +146,8 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("models/cpu_layers.py", " and not torch.compiler.is_compiling()", "", "test_shipped.py", "exported and ResNet18"),
     ("harness/drawing.py", "argsort(descending=True", "argsort(descending=False", "test_plot.py", "mistakes"),
     ("models/cpu_layers.py", "3 * rows[:, None, :, None]", "rows[:, None, :, None]", "test_models.py", "conv3x3"),
+    ("models/cpu_layers.py", "zeros = 2 - padding", "zeros = 1", "test_models.py", "conv3x3"),
+    ("models/whitened_cnn.py", "1 - width % 2", "1", "test_models.py", "pool_uses"),
     ("models/resnet.py", "stride=1, padding=1", "stride=2, padding=1", "test_models.py", ""),
     ("models/mobilenetv2.py", "[6, 24, 2, 1]", "[6, 24, 2, 2]", "test_models.py", ""),
     ("models/tutorial_cnn.py", "nn.Linear(120, 84), nn.ReLU()", "nn.Linear(120, 84)", "test_models.py", "tutorial"),

@@ -83,14 +83,15 @@ def test_conv3x3_is_torchs(side, stride):
 
 @pytest.mark.parametrize("size", [(3, 3), (8, 5), (4, 7), (9, 9)])
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("count", [1, 10, 13])
-def test_conv3x3_in_bf16_is_torchs(size, stride, count):
+def test_conv3x3_in_bf16_is_torchs(size, stride, padding, count):
     """Output and gradients agree, for whole numbers, whose sums are the same in whatever order they are added."""
     images, weights = (torch.randint(-2, 3, shape).float() for shape in ((count, 5, *size), (7, 5, 3, 3)))
-    ours = Conv3x3(5, 7, stride)
+    ours = Conv3x3(5, 7, stride, padding)
     ours.weight.data.copy_(weights)
     pairs = [(images.clone().requires_grad_(), weights.requires_grad_()), (images.requires_grad_(), ours.weight)]
-    expected = torch.nn.functional.conv2d(*pairs[0], stride=stride, padding=1)
+    expected = torch.nn.functional.conv2d(*pairs[0], stride=stride, padding=padding)
     with torch.autocast("cpu", torch.bfloat16):
         output = ours(images.bfloat16())
     assert ("SideBySide" in type(output.grad_fn).__name__) == (max(size) <= 8)
@@ -156,7 +157,21 @@ def test_a_block_begins_as_the_identity():
     for block in WhitenedCNN().blocks:
         for conv in (block.conv1, block.conv2):
             images = torch.randn(2, conv.in_channels, 8, 8)
-            torch.testing.assert_close(conv(images)[:, : conv.in_channels], images)
+            padded = torch.nn.functional.pad(images, [1 - conv.padding[0]] * 4)
+            torch.testing.assert_close(conv(padded)[:, : conv.in_channels], images)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 9), (9, 9), (8, 8)])
+def test_a_block_computes_only_what_its_pool_uses(size):
+    """The output is that of whole maps."""
+    block, images = WhitenedCNN().blocks[0].eval(), torch.randn(2, 24, *size)
+    seen = []
+    block.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2:]))
+    x = torch.nn.functional.conv2d(images, block.conv1.weight, padding=1)
+    x = torch.nn.functional.gelu(block.norm1(torch.nn.functional.max_pool2d(x, 2)))
+    expected = torch.nn.functional.gelu(block.norm2(block.conv2(x)))
+    torch.testing.assert_close(block(images), expected)
+    assert seen == [(8, 8)]
 
 
 def test_six_views():
