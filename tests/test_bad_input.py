@@ -196,9 +196,13 @@ def test_a_closed_output(tmp_path, odd):
 
 @pytest.mark.parametrize("name", [R1, "predict.py", "plot.py", "mean_and_std.py", "reproduce.py", "download.py"])
 def test_ctrl_c_while_pytorch_is_imported(name):
-    """The script prints one line and has the exit status that Ctrl-C has in a shell."""
+    """The script prints one line and has the exit status that Ctrl-C has in a shell.
+
+    The handler is set because a shell script's background jobs, and so their tests, ignore Ctrl-C.
+    """
     code = f"""
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(self, module, *_):
         if module == "torch":
