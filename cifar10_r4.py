@@ -15,9 +15,9 @@ from torch import nn
 from models import ResNet18
 
 EPOCHS = {"imagenet": 25, "cifar": 120, "cifar-nopool": 40}  # the cifar stems take two to three hours on two CPU cores
-BATCH_SIZE = 256
-LR = 0.2  # at the peak of the schedule
-PEAK = 0.25  # where in the run the peak is, from 0 to 1
+BATCH_SIZE = {"imagenet": 256, "cifar": 128, "cifar-nopool": 256}
+LR = {"imagenet": 0.2, "cifar": 0.1, "cifar-nopool": 0.2}  # at the peak of the schedule
+PEAK = {"imagenet": 0.25, "cifar": 0.1, "cifar-nopool": 0.25}  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # with SGD and Nesterov momentum, the usual choice for a ResNet on CIFAR-10
 LABEL_SMOOTHING = {"imagenet": 0.1, "cifar": 0.2, "cifar-nopool": 0.2}  # the cifar stems overfit sooner
@@ -32,6 +32,8 @@ def main():
     parser.add_argument("--stem", choices=EPOCHS, default="imagenet", help="the first layers (default: %(default)s)")
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS[args.stem]
+    args.batch_size = args.batch_size or BATCH_SIZE[args.stem]
+    args.lr = args.lr or LR[args.stem]
 
     device = utils.set_up(args)
     augmentation = dict(crop=4, cutout=CUTOUT[args.stem], jitter=JITTER[args.stem])
@@ -43,7 +45,7 @@ def main():
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
     )
-    scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK)
+    scheduler = utils.triangular_schedule(optimizer, args.epochs, PEAK[args.stem])
     train_step = utils.TrainStep(model, criterion, optimizer, train_loader.dtype)
 
     checkpoints = utils.Checkpoints(args, data, train_loader, train_step, scheduler)

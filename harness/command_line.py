@@ -20,21 +20,25 @@ class ArgumentParser(CommandLine):
     """
 
     def __init__(
-        self, description: str, *, epochs: int | dict[str, int], batch_size: int, lr: float, precision: str = "auto"
+        self,
+        description: str,
+        *,
+        epochs: int | dict[str, int],
+        batch_size: int | dict[str, int],
+        lr: float | dict[str, float],
+        precision: str = "auto",
     ):
-        """Take the recipe's numbers.
+        """Take the recipe's numbers. Each is a number, or a dict with one for each experiment.
 
-        epochs: a number, or a dict with one for each experiment, from which the script picks its own.
+        From a dict the script picks its own number, if the flag is not given, which leaves None in the namespace.
         """
         super().__init__(description)
         add = self.add_argument
         self.add_data("CIFAR-10 or class folders, or 'synthetic' (default: data)")
-        counts = epochs
-        if isinstance(epochs, dict):
-            counts, epochs = ", ".join(f"{name} {count}" for name, count in epochs.items()), None
-        add("--epochs", type=positive_int, default=epochs, metavar="N", help=f"train for N epochs (default: {counts})")
-        add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="(default: %(default)s)")
-        add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {lr}, or a resumed run's own)")
+        (count, counts), (size, sizes), (self.recipe_lr, rates) = map(default_of, (epochs, batch_size, lr))
+        add("--epochs", type=positive_int, default=count, metavar="N", help=f"train for N epochs (default: {counts})")
+        add("--batch-size", type=positive_int, default=size, metavar="N", help=f"(default: {sizes})")
+        add("--lr", type=positive_float, metavar="X", help=f"learning rate (default: {rates}, or a resumed run's own)")
         add("--seed", type=seed_int, default=0, metavar="N", help="of everything that is random (default: %(default)s)")
         self.add_device("cpu, cuda, cuda:N, mps or auto (default: auto: CUDA, then MPS, then CPU)")
         add("--precision", choices=["auto", *DTYPES], default=precision, help="see docs/runs.md (default: %(default)s)")
@@ -59,7 +63,6 @@ class ArgumentParser(CommandLine):
             metavar="FILE",
             help="only test this run's last.pt, or FILE",
         )
-        self.recipe_lr = lr
         self.common = {action.dest for action in self._actions}
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,6 +90,13 @@ class ArgumentParser(CommandLine):
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             self.error("--tensorboard needs a package that is not installed: pip install tensorboard")
         return args
+
+
+def default_of(number: float | dict[str, float]) -> tuple[float | None, str]:
+    """Return a flag's default and its text for the help. With a number for each experiment, the default is None."""
+    if isinstance(number, dict):
+        return None, ", ".join(f"{name} {own}" for name, own in number.items())
+    return number, str(number)
 
 
 def run_suffix(seed: int, holdout: bool, data: str) -> str:

@@ -153,7 +153,7 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
     """
     one, other = flatten(theirs), flatten(ours)
     for names in other | one:
-        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS):
+        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ):
             continue
         lacking = not (names in one and names in other)
         if lacking and names[0] in LIBRARY:
