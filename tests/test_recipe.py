@@ -44,19 +44,19 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     for edit, words in (
         (('"imagenet": 8', '"imagenet": 12'), "with CUTOUT imagenet 8, this one has 12; make them agree"),
         (('"imagenet": 0.1', '"imagenet": 0'), "LABEL_SMOOTHING imagenet 0.1, this one has 0;"),
-        (("LR = 0.2", "LR = 0.1"), "LR 0.2, this one has 0.1;"),
+        (('"imagenet": 0.2,', '"imagenet": 0.1,'), "LR imagenet 0.2, this one has 0.1;"),
         (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
         (("flip=True", "flip=False"), "augmentation flip True, this one has False;"),
         (
-            ("utils.triangular_schedule(optimizer, args.epochs, PEAK)", cosine),
+            ("utils.triangular_schedule(optimizer, args.epochs, PEAK[args.stem])", cosine),
             "scheduler name LambdaLR, this one has C",
         ),
-        (("args.epochs, PEAK)", "args.epochs, 0.9)"), "scheduler factors [["),
+        (("args.epochs, PEAK[args.stem])", "args.epochs, 0.9)"), "scheduler factors [["),
     ):
         assert words in refused(edited(tmp_path, R4, edit), *flags)
     script(edited(tmp_path, R4, ("import torch\n", "import torch  # with a comment\n")), *flags)
-    script(edited(tmp_path, R4, ("LR = 0.2", "LR = 0.1")), *flags, "--lr", 0.1)  # and the rate, if it is given
+    script(edited(tmp_path, R4, ('"imagenet": 0.2,', '"imagenet": 0.1,')), *flags, "--lr", 0.1)  # and the rate, if it is given
     line = refused(edited(tmp_path, R4), *flags, "--epochs", 2)
     assert "--epochs 1, this one has 2;" in line
 
@@ -266,7 +266,7 @@ def test_another_experiment_continues_r2_with_a_schedule(script, tmp_path, folde
 
 def test_a_run_that_could_not_be_resumed_does_not_begin(refused, tmp_path, folders):
     numpys = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.interp(epoch, [0, 9], [1, 0]))"
-    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK)"
+    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK[args.stem])"
     path = edited(tmp_path, R4, ("import torch\n", "import numpy as np\nimport torch\n"), (schedule, numpys))
     line = refused(path, "--data", folders, "--batch-size", 30, "--epochs", 1)
     assert "the optimizer has other values than tensors and plain Python ones, and could not be resumed" in line
@@ -275,7 +275,7 @@ def test_a_run_that_could_not_be_resumed_does_not_begin(refused, tmp_path, folde
 
 def test_a_schedule_that_can_no_longer_be_saved_costs_no_earlier_epoch(refused, tmp_path, folders):
     later = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else np.float64(0.5))"
-    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK)"
+    schedule = "utils.triangular_schedule(optimizer, args.epochs, PEAK[args.stem])"
     path = edited(tmp_path, R4, ("import torch\n", "import numpy as np\nimport torch\n"), (schedule, later))
     line = refused(path, "--data", folders, "--batch-size", 30, "--epochs", 3)
     assert "the optimizer has other values than tensors and plain Python ones, and could not be resumed" in line

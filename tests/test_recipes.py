@@ -56,7 +56,8 @@ MUON = {
 }  # fmt: skip
 RESNET_TRIANGLE = {  # by stem
     stem: EVERY | SGD | OWN | RESNET | TRIANGLE | {
-        "epochs": f"EPOCHS.{stem}", "criterion.label_smoothing": f"LABEL_SMOOTHING.{stem}",
+        "epochs": f"EPOCHS.{stem}", "batch_size": f"BATCH_SIZE.{stem}", "lr": f"LR.{stem}",
+        "scheduler.peak": f"PEAK.{stem}", "criterion.label_smoothing": f"LABEL_SMOOTHING.{stem}",
         "augmentation.cutout": f"CUTOUT.{stem}", "augmentation.jitter": f"JITTER.{stem}",
         "network.arguments.stem": stem,
     }
@@ -118,13 +119,16 @@ def hand_over(path):
             factors, *others = recipe["scheduler"]["factors"]
             assert all(other == factors for other in others)
             epochs = recipe["epochs"]
-            peak = recipe["constants"]["PEAK"] * epochs
+            peak_of_run = recipe["constants"]["PEAK"]
+            if isinstance(peak_of_run, dict):
+                peak_of_run = peak_of_run[recipe["flags"]["stem"]]
+            peak = peak_of_run * epochs
             by_batch = checkpoints.train_step.scheduler is checkpoints.state.scheduler
             steps = len(train) if by_batch else 1  # of an epoch
             middles = [epoch + 0.5 / steps for epoch in range(epochs)]
             triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]
             assert factors == pytest.approx(triangle, abs=1e-6)
-            recipe["scheduler"] |= {"peak": recipe["constants"]["PEAK"], "every": "batch" if by_batch else "epoch"}
+            recipe["scheduler"] |= {"peak": peak_of_run, "every": "batch" if by_batch else "epoch"}
         path.write_text(json.dumps(recipe))
         raise SystemExit(0)
 
