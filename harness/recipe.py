@@ -149,11 +149,16 @@ def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], other
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
     """Return the first difference between two recipes, worded for an error, or None.
 
+    A constant that only one of them splits up, as a dict with a value for each experiment, is not compared, but the
+    settings that it leads to are.
+
     may_differ: names of constants or of the recipe's own values.
     """
+    was, now = (recipe.get("constants", {}) for recipe in (theirs, ours))
+    split_up = {name for name in was.keys() & now if isinstance(was[name], dict) != isinstance(now[name], dict)}
     one, other = flatten(theirs), flatten(ours)
     for names in other | one:
-        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ):
+        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ | split_up):
             continue
         lacking = not (names in one and names in other)
         if lacking and names[0] in LIBRARY:

@@ -56,7 +56,8 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     ):
         assert words in refused(edited(tmp_path, R4, edit), *flags)
     script(edited(tmp_path, R4, ("import torch\n", "import torch  # with a comment\n")), *flags)
-    script(edited(tmp_path, R4, ('"imagenet": 0.2,', '"imagenet": 0.1,')), *flags, "--lr", 0.1)  # and the rate, if it is given
+    # and the rate, if it is given
+    script(edited(tmp_path, R4, ('"imagenet": 0.2,', '"imagenet": 0.1,')), *flags, "--lr", 0.1)
     line = refused(edited(tmp_path, R4), *flags, "--epochs", 2)
     assert "--epochs 1, this one has 2;" in line
 
@@ -122,6 +123,10 @@ def test_what_is_a_difference():
         assert first_difference(one, one | changes, set()) == words
     nested = [{"constants": {"CUT": {"a": 8, "b": value}}} for value in (8, 12)]
     assert first_difference(*nested, set()) == "CUT b 8, this one has 12"
+    assert first_difference(*nested, {"CUT"}) is None
+    split_up = [{"constants": {"LR": rate}, "lr": 0.1} for rate in (0.1, {"a": 0.1, "b": 0.2})]  # its value is compared
+    assert first_difference(*split_up, set()) is None and first_difference(*reversed(split_up), set()) is None
+    assert first_difference(split_up[0], split_up[1] | {"lr": 0.2}, set()) == "--lr 0.1, this one has 0.2"
     assert first_difference(one, one | {"epochs": 9}, {"epochs"}) is None
 
 
