@@ -43,7 +43,8 @@ class Classifier(nn.Module):
 
     network: the module of models/, which takes normalised images; model: str, its name; classes: list[str]; mean, std:
     of the channels, as float32 of shape (3, 1, 1), for pixels from 0 to 1; data: str, what it was trained on; epoch:
-    int; accuracy: float, in percent on the images `tested_on`, after that epoch.
+    int; accuracy: float, in percent on the images `tested_on`, after that epoch. Only in its last epoch is r5 `--tta`
+    tested with six views, while its Classifier always has them.
     """
 
     def __init__(self, network: nn.Module, checkpoint: dict):
