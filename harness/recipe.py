@@ -149,13 +149,15 @@ def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], other
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
     """Return the first difference between two recipes, worded for an error, or None.
 
-    A constant that only one of them splits up, as a dict with a value for each experiment, is not compared, but the
-    settings that it leads to are.
+    A constant that one of them has as a dict, with a value for each experiment, may be one of these values in the
+    other. Then the settings that it leads to are compared instead.
 
     may_differ: names of constants or of the recipe's own values.
     """
     was, now = (recipe.get("constants", {}) for recipe in (theirs, ours))
-    split_up = {name for name in was.keys() & now if isinstance(was[name], dict) != isinstance(now[name], dict)}
+    split_up = {name for name in was.keys() & now if is_one_of(was[name], now[name]) or is_one_of(now[name], was[name])}
+    if "LR" in split_up - may_differ:
+        may_differ = may_differ - {"lr"}  # which else is left to the comparison of LR
     one, other = flatten(theirs), flatten(ours)
     for names in other | one:
         if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ | split_up):
@@ -168,6 +170,11 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
             continue
         return f"{user_name(names)} {shorten(was)}, this one has {shorten(now)}"
     return None
+
+
+def is_one_of(value: object, values: object) -> bool:
+    """Return whether a constant, which is not a dict itself, is a value of the other, which is one."""
+    return isinstance(values, dict) and not isinstance(value, dict) and value in values.values()
 
 
 def user_name(names: tuple[str, ...]) -> str:

@@ -124,9 +124,12 @@ def test_what_is_a_difference():
     nested = [{"constants": {"CUT": {"a": 8, "b": value}}} for value in (8, 12)]
     assert first_difference(*nested, set()) == "CUT b 8, this one has 12"
     assert first_difference(*nested, {"CUT"}) is None
-    split_up = [{"constants": {"LR": rate}, "lr": 0.1} for rate in (0.1, {"a": 0.1, "b": 0.2})]  # its value is compared
-    assert first_difference(*split_up, set()) is None and first_difference(*reversed(split_up), set()) is None
-    assert first_difference(split_up[0], split_up[1] | {"lr": 0.2}, set()) == "--lr 0.1, this one has 0.2"
+    single, several = ({"constants": {"LR": rate}, "lr": 0.1} for rate in (0.1, {"a": 0.1, "b": 0.2}))
+    assert first_difference(single, several, {"lr"}) is None and first_difference(several, single, {"lr"}) is None
+    assert first_difference(single, several | {"lr": 0.2}, {"lr"}) == "--lr 0.1, this one has 0.2"
+    assert first_difference(single, several | {"lr": 0.2}, {"lr", "LR"}) is None
+    others = {"constants": {"LR": {"a": 0.3, "b": 0.2}}, "lr": 0.1}
+    assert first_difference(single, others, {"lr"}) == "LR a None, this one has 0.3"
     assert first_difference(one, one | {"epochs": 9}, {"epochs"}) is None
 
 
