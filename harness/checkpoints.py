@@ -198,9 +198,9 @@ class Checkpoints:
     def restore_best(self, checkpoint: dict) -> None:
         """Make best.pt the best epoch of the log. A run may resume from an earlier epoch than the one in best.pt."""
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
-        if self.find_best(self.folder) == path:
-            return
-        if best := self.best_content(self.folder, checkpoint):
+        if found := self.find_best(self.folder):
+            found.replace(path)
+        elif best := self.best_content(self.folder, checkpoint):
             write_atomically(path, best, keep=previous)
         elif path.exists():
             path.replace(previous)
