@@ -166,11 +166,12 @@ def find_images(folder: Path, skip_links: bool = False) -> list[str]:
     Image.init()
     readable = Image.OPEN.keys() - RECOGNISED_ONLY
     extensions = tuple(ext for ext, kind in Image.registered_extensions().items() if kind in readable)
-    images = []
-    for parent, folders, names in sorted(os.walk(folder, onerror=raise_error)):
-        if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
-            continue
-        for link in (os.path.join(parent, name) for name in folders if name[0] != "."):
+    images, walked = [], []
+    for parent, folders, names in os.walk(folder, onerror=raise_error):
+        folders[:] = [name for name in folders if name[0] != "."]  # os.walk does not enter the others
+        walked.append((parent, folders, names))
+    for parent, folders, names in sorted(walked):
+        for link in (os.path.join(parent, name) for name in folders):
             if os.path.islink(link) and not skip_links:
                 raise UserError(f"{link} is a link to a folder; replace it with its images, or remove it")
         images += [

@@ -92,6 +92,7 @@ def test_a_folder_of_another_user(refused, script, tmp_path, folders):
             path.chmod(0o755)
     output(tmp_path, "stderr").chmod(0o666)
     output(tmp_path, "stdout").chmod(0o666)
+    (folders / "train/cat/.Trash-0").mkdir(mode=0o700)  # hidden folders are not read
     line = refused(R1, "--data", folders, "--epochs", 5, "--resume", before=another_user)
     assert "Permission denied" in line and "checkpoints/cifar10_r1" in line
     check_the_checkpoint(script, tmp_path / "checkpoints/cifar10_r1", 2)
