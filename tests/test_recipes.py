@@ -171,7 +171,7 @@ def test_a_script_does_what_it_says(script, tmp_path, folders, line):
 def records_of(line):
     """Return the records of a row without --epochs in README's table."""
     rows = {row.command.removesuffix(" --resume"): name for name, row in reproduce.ROWS.items()}
-    return read_folder(RESULTS / "cpu").get(rows[line], [])
+    return read_folder(RESULTS / "cpu").get(rows.get(line), [])
 
 
 # -------------------------------------------------------------------------------------- what utils.py does

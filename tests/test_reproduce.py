@@ -197,6 +197,7 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
     """Of five runs on three machines of Ray's, each has its record, and two the same figures as without Ray."""
     pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the cluster's runs, as of all others in the tests
     from ray.cluster_utils import Cluster
 
     folders = write_images(tmp_path / "pictures", train=60)
@@ -230,6 +231,7 @@ def test_a_cluster_loses_a_machine(start, script, tmp_path, monkeypatch):
 def test_a_signal_ends_the_runs_on_a_cluster(start, script, tmp_path, monkeypatch, number):
     pytest.importorskip("ray", reason='pip install "ray>=2.50" for the test of reproduce.py --ray')
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the cluster's runs, as of all others in the tests
     from ray.cluster_utils import Cluster
 
     flags = ["--only", "r1", "--results", "mine", "--data", write_images(tmp_path / "pictures", train=60)]
@@ -250,7 +252,7 @@ def test_ray_without_a_cluster_or_ray(refused, folders):
     flags = ["--only", "r1", "--data", folders, "--results", "mine", "--ray"]
     assert 'pip install "ray>=2.50"' in refused("reproduce.py", *flags, before=hide("ray"))
     if importlib.util.find_spec("ray"):
-        for address in ("127.0.0.1:1", "127.0.0.1:no", "auto"):
+        for address in ("127.0.0.1:1", "127.0.0.1:no"):
             assert f"--ray {address}: no cluster answers; " in refused("reproduce.py", *flags, address)
 
 

@@ -371,6 +371,7 @@ def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
     shutil.copytree(ROOT / "harness", tmp_path / "harness", ignore=shutil.ignore_patterns("__pycache__"))
     author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a git hook
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # which may ask for signatures
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, env=environment, check=True)
     code = (
