@@ -102,7 +102,8 @@ class Checkpoints:
         else:
             files = {}
             if self.records.rows:  # resumed, but not from this folder's last.pt
-                best = self.best_content(path.parent, checkpoint)
+                found = self.find_best(path.parent)
+                best = found.read_bytes() if found else self.best_from(checkpoint)
                 files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
             self.run_folder.begin(files)
         self.records.begin_epoch(self.state.lr())
@@ -200,7 +201,7 @@ class Checkpoints:
         path, previous = self.folder / "best.pt", self.folder / "best.previous.pt"
         if found := self.find_best(self.folder):
             found.replace(path)
-        elif best := self.best_content(self.folder, checkpoint):
+        elif best := self.best_from(checkpoint):
             write_atomically(path, best, keep=previous)
         elif path.exists():
             path.replace(previous)
@@ -209,14 +210,12 @@ class Checkpoints:
         """Return the folder's file of the log's best epoch, or None."""
         return find_best(folder, self.records.best_row(), {key: self.network[key] for key in self.NETWORK})
 
-    def best_content(self, folder: Path, checkpoint: dict) -> bytes | None:
-        """Return the content of the best epoch's file, from the folder or from the checkpoint.
+    def best_from(self, checkpoint: dict) -> bytes | None:
+        """Return the content of the best epoch's file, from the checkpoint.
 
-        If neither has it, a line says so and None is returned.
+        If the checkpoint is of another epoch, a line says so and None is returned.
         """
         row = self.records.best_row()
-        if path := self.find_best(folder):
-            return path.read_bytes()
         if row["epoch"] == checkpoint["epoch"]:
             return checkpoint_bytes({key: checkpoint[key] for key in (*self.network, *self.BEST) if key in checkpoint})
         print(f"no best.pt of epoch {row['epoch']}, the best so far; the next better one will be kept", flush=True)
