@@ -248,11 +248,12 @@ def test_a_signal_ends_the_runs_on_a_cluster(start, script, tmp_path, monkeypatc
         cluster.shutdown()
 
 
-def test_ray_without_a_cluster_or_ray(refused, folders):
+def test_ray_without_a_cluster_or_ray(refused, folders, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # which "auto" would take
     flags = ["--only", "r1", "--data", folders, "--results", "mine", "--ray"]
     assert 'pip install "ray>=2.50"' in refused("reproduce.py", *flags, before=hide("ray"))
     if importlib.util.find_spec("ray"):
-        for address in ("127.0.0.1:1", "127.0.0.1:no"):
+        for address in ("127.0.0.1:1", "127.0.0.1:no", "auto"):
             assert f"--ray {address}: no cluster answers; " in refused("reproduce.py", *flags, address)
 
 
