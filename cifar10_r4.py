@@ -15,7 +15,7 @@ from torch import nn
 from models import ResNet18
 
 EPOCHS = {"imagenet": 25, "cifar": 120, "cifar-nopool": 40}  # the cifar stems take two to three hours on two CPU cores
-BATCH_SIZE = {"imagenet": 256, "cifar": 128, "cifar-nopool": 256}
+BATCH_SIZE = {"imagenet": 256, "cifar": 128, "cifar-nopool": 256}  # with the next two lines, cifar's 128 gained 0.5
 LR = {"imagenet": 0.2, "cifar": 0.1, "cifar-nopool": 0.2}  # at the peak of the schedule
 PEAK = {"imagenet": 0.25, "cifar": 0.1, "cifar-nopool": 0.25}  # where in the run the peak is, from 0 to 1
 MOMENTUM = 0.9

@@ -119,16 +119,15 @@ def hand_over(path):
             factors, *others = recipe["scheduler"]["factors"]
             assert all(other == factors for other in others)
             epochs = recipe["epochs"]
-            peak_of_run = recipe["constants"]["PEAK"]
-            if isinstance(peak_of_run, dict):
-                peak_of_run = peak_of_run[recipe["flags"]["stem"]]
-            peak = peak_of_run * epochs
+            fraction = recipe["constants"]["PEAK"]
+            fraction = fraction[recipe["flags"]["stem"]] if isinstance(fraction, dict) else fraction
+            peak = fraction * epochs
             by_batch = checkpoints.train_step.scheduler is checkpoints.state.scheduler
             steps = len(train) if by_batch else 1  # of an epoch
             middles = [epoch + 0.5 / steps for epoch in range(epochs)]
             triangle = [m / peak if m < peak else (epochs - m) / (epochs - peak) for m in middles]
             assert factors == pytest.approx(triangle, abs=1e-6)
-            recipe["scheduler"] |= {"peak": peak_of_run, "every": "batch" if by_batch else "epoch"}
+            recipe["scheduler"] |= {"peak": fraction, "every": "batch" if by_batch else "epoch"}
         path.write_text(json.dumps(recipe))
         raise SystemExit(0)
 
