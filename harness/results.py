@@ -80,7 +80,7 @@ def check_same_recipe(one: dict, other: dict) -> None:
         shared = recipes[0]["constants"].keys() & recipes[1]["constants"].keys()
         for recipe in recipes:
             recipe["constants"] = {name: recipe["constants"][name] for name in shared}
-    if differing := first_difference(recipes[1], recipes[0], {"seed"}):
+    if differing := first_difference(recipes[1], recipes[0], {"seed", "--seed"}):
         raise UserError(
             f"the records of {one['run']} and its other seeds have no common mean: one has {differing}; "
             "move one kind into another folder"
@@ -125,9 +125,9 @@ def accuracy_table(targets: dict[str, float], machines: Machines) -> str:
 def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str:
     """Return how `other` compares with `one`: two rows, or two folders of results with rows of these names.
 
-    Raises UserError if one of them has fewer than two records.
+    Raises UserError if no row can be compared.
     """
-    lines = []
+    lines, errors = [], []
     if one in names and other in names:
         rows, where = read_folder(own_folder), f" in {own_folder}"
         groups = [(f"{one} -> {other}", rows.get(one, []), rows.get(other, []))]
@@ -140,13 +140,18 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
             f"--compare {one} {other}: neither two of --only's rows nor two folders with records of the same row"
         )
     for name, *pair in groups:
-        if min(map(len, pair)) < 2:
-            raise UserError(
-                f"{name}: {len(pair[0])} and {len(pair[1])} records{where}; a comparison needs two seeds each"
-            )
-        values = [[record["accuracy"] for record in records] for records in pair]
-        lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
-    return "\n".join(lines)
+        try:
+            if min(map(len, pair)) < 2:
+                raise UserError(
+                    f"{name}: {len(pair[0])} and {len(pair[1])} records{where}; a comparison needs two seeds each"
+                )
+            values = [[record["accuracy"] for record in records] for records in pair]
+            lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
+        except UserError as error:
+            errors.append(str(error))
+    if not lines:
+        raise UserError("; ".join(errors))
+    return "\n".join(lines + errors)
 
 
 def verdict(found: Difference) -> str:

@@ -413,6 +413,15 @@ def test_compare(script, refused, tmp_path):
     assert "3 and 1 records in new; a comparison needs two" in refused(
         "reproduce.py", "--compare", "r1", "r2", "--results", "new"
     )
+    for seed, constants in enumerate(({"A": 1}, {"A": 2})):
+        other = {"recipe": record["recipe"] | {"constants": constants}}
+        (tmp_path / f"old/r2-seed{seed}.json").write_text(json.dumps(record | other))
+        (tmp_path / f"new/r2-seed{seed}.json").write_text(json.dumps(record))
+    worse, no_mean = script("reproduce.py", "--compare", "new", "old").stdout.splitlines()
+    assert worse.endswith("the second is worse") and "have no common mean: one has A 2, this one has 1" in no_mean
+    for seed in (0, 1):
+        for folder in ("old", "new"):
+            (tmp_path / f"{folder}/r2-seed{seed}.json").unlink()
     assert "neither two of --only's rows nor two folders" in refused("reproduce.py", "--compare", "r1", "nothing")
     (tmp_path / "old").rename(tmp_path / "own-synthetic")
     flags = ["--results", "own", "--data", "synthetic"]
