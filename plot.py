@@ -17,7 +17,7 @@ from harness.drawing import COLORS, curves, draw_run, picture_path, seeds
 from harness.files import read_checkpoint
 from harness.loader import Loader
 from harness.records import read_log
-from harness.results import read_folder
+from harness.results import read_folder, summary
 from harness.terminal import CommandLine, UserError, nonempty_path, run
 from predict import load_classifier
 
@@ -45,6 +45,8 @@ def main() -> None:
         parser.error("--output is for several runs; the pictures of a single run go into its folder")
     (folder,) = args.runs
     if rows := read_folder(folder):
+        for records in rows.values():
+            summary(records)  # raises UserError if they are of different recipes
         seeds({row: [record["accuracy"] for record in records] for row, records in rows.items()}, folder / "seeds.png")
         print(f"each seed's accuracy is drawn in {folder / 'seeds.png'}")
         return

@@ -164,6 +164,8 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
     dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
     assert [sorted(values) for values in dots] == [[60, 61, 63], [67]]  # by mean
     assert [text.get_text() for text in axis.texts] == ["61.33, n = 3", "67.00, n = 1"]
+    (tmp_path / "mine/r1-seed2.json").write_text(json.dumps(record | {"epochs": record["epochs"][:1]}))
+    assert "have no common mean: one has --epochs 1, this one has 26" in refused("plot.py", "mine")
 
 
 def test_costs_add_up(monkeypatch):
