@@ -75,8 +75,11 @@ def unpack(archive: Path, folder: Path, sha256: str) -> None:
     """Unpack `folder` from the archive. Raise UserError if the archive is damaged or its SHA-256 is not `sha256`."""
     if sha256_of(archive) != sha256:
         raise UserError(f"{archive} is damaged or not CIFAR-10 (wrong SHA-256); delete it to download it again")
+    prefix = f".{folder.name}."
+    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed while it unpacked
+        shutil.rmtree(left)
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, tarfile.open(archive) as tar:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as unpacked, tarfile.open(archive) as tar:
             tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
             tar.extractall(unpacked)
             os.replace(Path(unpacked, folder.name), folder)
@@ -154,7 +157,7 @@ def fetch(url: str, part: Path, size: int, patient: bool) -> None:
         return
     with (
         open_url(url, {"Range": f"bytes={have}-"} if have else {}) as response,
-        open(part, "ab") as file,
+        open(part, "ab", buffering=0) as file,  # with a buffer, a full disk would fail again in close()
         progress_bar(desc=f"from {host_of(url)}", total=size, initial=have, unit="B", unit_scale=True) as bar,
     ):
         skip = 0 if response.status == 206 else have  # a server that ignores the range sends the whole file
@@ -180,9 +183,10 @@ def receive(response: HTTPResponse, file: BinaryIO, skip: int, have: int, size: 
             raise UnusableMirror(f"not a gzip file but {response.headers.get_content_type()}")
         received += len(block)
         block, skip = block[skip:], max(0, skip - len(block))
+        unwritten = memoryview(block)[: size - have]
         try:
-            file.write(block[: size - have])
-            file.flush()
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
         except OSError as error:
             raise UserError(f"{file.name} cannot be written: {error.strerror}; the next download resumes it") from None
         have += len(block)

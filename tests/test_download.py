@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import signal
 import tarfile
 import threading
 import time
@@ -235,6 +236,15 @@ def test_a_full_disk_is_told_before(get, monkeypatch, server):
     assert not server.requests
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is part of Linux only")
+def test_a_disk_that_is_full_during_the_download(get):
+    part = get.archive.with_name(f"{CIFAR10.filename}.part")
+    part.parent.mkdir()
+    part.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"part cannot be written: No space left on device; the next download resumes"):
+        get("slow")
+
+
 def test_without_a_route(refused, monkeypatch, tmp_path):
     """Every mirror refuses at once. The script runs as a user runs it."""
     for name in ("http_proxy", "https_proxy"):
@@ -277,6 +287,22 @@ def test_two_processes_share_one_download(server, original):
         assert process.exitcode == 0
     assert server.requests == [("/slow", None)]
     assert read_original(root, [], **hashes).source == "CIFAR-10 archive"
+
+
+def die_while_unpacking(root, hashes, lists):
+    tarfile.TarFile.extractall = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    read_small(root, [], hashes, lists)
+
+
+def test_what_a_killed_process_unpacked_is_removed(server, original):
+    root, hashes, _ = original
+    lists = {name: getattr(hashes["dataset"], name) for name in ("train_list", "test_list", "meta")}
+    process = PROCESSES.Process(target=die_while_unpacking, args=(root, server.hashes, lists))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and len([*root.glob(f".{CIFAR10.base_folder}.*")]) == 1
+    assert read_original(root, [], **hashes).source == "CIFAR-10 archive"
+    assert not [*root.glob(f".{CIFAR10.base_folder}.*")]
 
 
 @pytest.mark.parametrize("right_hash", [False, True])
