@@ -67,8 +67,8 @@ class Data(NamedTuple):
 def load_data(name: str) -> Data:
     """Load the dataset in the folder `name`, or the built-in images if `name` is "synthetic".
 
-    If the folder holds neither the original nor class folders, CIFAR-10 is downloaded into it. Raises UserError if
-    that fails or the dataset cannot be read.
+    CIFAR-10 is downloaded into a folder that is new or empty. Raises UserError if the download fails, if the folder
+    holds other things, or if the dataset cannot be read.
     """
     if name == "synthetic":
         return Data(*make_synthetic(), "synthetic")
@@ -214,7 +214,10 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
             if image.size != (32, 32) and not resize:
                 raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize or remove it")
             # convert() would clip modes of 16 and 32 bits a pixel to white. Pillow cuts 16-bit colours to 8 bits.
-            if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
+            deep = image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile)
+            if image.format == "PPM" and image.mode != "1":
+                deep |= any(tile[0] != "raw" and tile[3][1] > 255 for tile in image.tile)
+            if deep:
                 raise UserError(f"{path} has more than 8 bits a channel; convert or remove it")
             pixels = as_seen(image)
             if resize:

@@ -46,6 +46,12 @@ def test_other_modes_become_rgb(folders, mode):
     assert (first.permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
 
 
+def test_a_bitmap_in_text(folders):
+    (folders / "train/cat/0000.png").write_text("P1 32 32 " + "1 0 " * 512)
+    first = load_data(folders).train_images[0]
+    assert not first[:, :, ::2].any() and (first[:, :, 1::2] == 255).all()
+
+
 def test_other_files_are_left_alone(folders):
     for name in ("notes.txt", "train/labels.csv", "train/cat/notes.txt", "train/cat/.0001.png"):
         (folders / name).write_text("no image")
