@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import mutate
 import pytest
@@ -89,6 +91,17 @@ def test_models_import_torch_and_torchvision_only(path):
 def test_each_mutation_is_of_one_place():
     for file, text, *_ in mutate.MUTATIONS:
         assert (ROOT / file).read_text().count(text) == 1, f"{file} has {text!r} not once"
+
+
+@pytest.mark.long
+def test_each_mutation_has_tests():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for file, text, _, files, expression in mutate.MUTATIONS:
+        tests = [name for name in names if name.split("::")[0].removeprefix("tests/") in files.split()]
+        words = [alternative.split(" and ") for alternative in expression.split(" or ")]
+        selected = any(all(word in test for word in every) for every in words for test in tests)
+        assert selected, f"{file}, {text!r}: {expression!r} selects no test"
 
 
 def test_no_test_imports_a_test():
