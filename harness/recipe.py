@@ -149,18 +149,15 @@ def check_same(path: Path, theirs: dict, ours: dict, may_differ: set[str], other
 def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | None:
     """Return the first difference between two recipes, worded for an error, or None.
 
-    A constant that one of them has as a dict, with a value for each experiment, may be one of these values in the
-    other. Then the settings that it leads to are compared instead.
+    Of a constant with a value for each choice of a flag, such as {"imagenet": 8, "cifar": 16} for --stem, only the
+    run's own value is compared.
 
     may_differ: names of constants or of the recipe's own values.
     """
-    was, now = (recipe.get("constants", {}) for recipe in (theirs, ours))
-    split_up = {name for name in was.keys() & now if is_one_of(was[name], now[name]) or is_one_of(now[name], was[name])}
-    if "LR" in split_up - may_differ:
-        may_differ = may_differ - {"lr"}  # which else is left to the comparison of LR
-    one, other = flatten(theirs), flatten(ours)
+    chosen = {value for value in ours.get("flags", {}).values() if isinstance(value, str)}
+    one, other = (flatten(r | {"constants": of_experiment(r.get("constants", {}), chosen)}) for r in (theirs, ours))
     for names in other | one:
-        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ | split_up):
+        if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ):
             continue
         lacking = not (names in one and names in other)
         if lacking and names[0] in LIBRARY:
@@ -172,9 +169,13 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
     return None
 
 
-def is_one_of(value: object, values: object) -> bool:
-    """Return whether a constant, which is not a dict itself, is a value of the other, which is one."""
-    return isinstance(values, dict) and not isinstance(value, dict) and value in values.values()
+def of_experiment(constants: dict, chosen: set[str]) -> dict:
+    """Return the constants, each dict that has a chosen key replaced by that key's value."""
+    result = dict(constants)
+    for name, value in constants.items():
+        if isinstance(value, dict) and (keys := chosen & value.keys()):
+            result[name] = value[min(keys)]
+    return result
 
 
 def user_name(names: tuple[str, ...]) -> str:
