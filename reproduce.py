@@ -1,6 +1,6 @@
 """Rerun rows of the README's table, each with its command from the table.
 
-python reproduce.py                          # all rows, which takes days without a GPU
+python reproduce.py                          # all rows, which takes a day or more without a GPU
 python reproduce.py --only r1-flip r2-crop
 python reproduce.py --only r1-flip --seeds 3
 python reproduce.py --only r1-flip --seeds 20 --jobs 4  # four runs at once, each on a GPU or a share of the CPU
@@ -261,8 +261,9 @@ def main() -> None:
         write_pages(ROWS)
         return
     synthetic = "-synthetic" if args.data == "synthetic" else ""
-    results = args.results if args.results.name else args.results.resolve()  # "." has no name
-    results = results.with_name(results.name + synthetic)
+    unnamed = args.results.name in ("", "..")  # as "." is; the name gets an end below
+    results = args.results.resolve() if unnamed else args.results
+    results = results.parent / (results.name + synthetic)
     if args.compare:
         print(compare(*args.compare, args.only, results))
         return

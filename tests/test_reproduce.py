@@ -160,7 +160,8 @@ def test_a_folder_for_records_that_cannot_be_written(refused, script, tmp_path, 
         line = refused("reproduce.py", "--only", "r1", "--data", folders, "--results", results)
         assert f"--results {results} cannot be written: " in line
     assert not (tmp_path / "checkpoints").exists()
-    script("reproduce.py", "--list", "--only", "r1", "--results", ".")
+    for results in (".", ".."):
+        script("reproduce.py", "--list", "--only", "r1", "--data", "synthetic", "--results", results)
 
 
 def accuracies(folder):
