@@ -6,7 +6,7 @@ python -m benchmarks.throughput --alternatives # what each way of this repositor
 
 Prints a table in Markdown. Saved as throughput.md or alternatives.md in a machine's folder of results/, it appears in
 docs/speed.md. Network, batch size, optimizer, precision and augmentation are the script's own, but for the baseline's.
-Every figure is the median over rounds in which the candidates take turns, so that a machine that drifts favours none:
+Every figure is the median over rounds in which the candidates take turns, as the machine's speed may change:
 
 baseline      a torchvision dataset of PIL images, torchvision's transforms and a DataLoader with a worker per core;
               float32, contiguous memory, no fused optimizer, a plain loop with `.item()` at each step, no
