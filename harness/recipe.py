@@ -155,7 +155,9 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
     may_differ: names of constants or of the recipe's own values.
     """
     chosen = {value for value in ours.get("flags", {}).values() if isinstance(value, str)}
-    one, other = (flatten(r | {"constants": of_experiment(r.get("constants", {}), chosen)}) for r in (theirs, ours))
+    pair = [recipe.get("constants", {}) for recipe in (theirs, ours)]
+    one = flatten(theirs | {"constants": of_experiment(*pair, chosen)})
+    other = flatten(ours | {"constants": of_experiment(*reversed(pair), chosen)})
     for names in other | one:
         if names[-1] in may_differ or (names[0] == "constants" and names[1] in DEFAULTS | may_differ):
             continue
@@ -169,12 +171,13 @@ def first_difference(theirs: dict, ours: dict, may_differ: set[str]) -> str | No
     return None
 
 
-def of_experiment(constants: dict, chosen: set[str]) -> dict:
-    """Return the constants, each dict that has a chosen key replaced by that key's value."""
+def of_experiment(constants: dict, others: dict, chosen: set[str]) -> dict:
+    """Return the constants with only the chosen keys of those that are dicts with such a key, here or in the others."""
     result = dict(constants)
     for name, value in constants.items():
-        if isinstance(value, dict) and (keys := chosen & value.keys()):
-            result[name] = value[min(keys)]
+        for values in (value, others.get(name)):
+            if isinstance(values, dict) and (keys := chosen & values.keys()):
+                result[name] = {key: value.get(key) if isinstance(value, dict) else value for key in keys}
     return result
 
 

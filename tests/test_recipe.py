@@ -43,9 +43,9 @@ def test_an_edited_experiment_is_not_resumed(script, refused, tmp_path, folders)
     assert record["recipe"]["flags"] == {"stem": "imagenet"}
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)"
     for edit, words in (
-        (('"imagenet": 8', '"imagenet": 12'), "with CUTOUT 8, this one has 12; make them agree"),
-        (('"imagenet": 0.1', '"imagenet": 0'), "LABEL_SMOOTHING 0.1, this one has 0;"),
-        (('"imagenet": 0.2,', '"imagenet": 0.1,'), "LR 0.2, this one has 0.1;"),
+        (('"imagenet": 8', '"imagenet": 12'), "with CUTOUT imagenet 8, this one has 12; make them agree"),
+        (('"imagenet": 0.1', '"imagenet": 0'), "LABEL_SMOOTHING imagenet 0.1, this one has 0;"),
+        (('"imagenet": 0.2,', '"imagenet": 0.1,'), "LR imagenet 0.2, this one has 0.1;"),
         (('default="imagenet"', 'default="cifar"'), "--stem imagenet, this one has cifar;"),
         (("nesterov=True", "nesterov=False"), "optimizer nesterov True, this one has False;"),
         (("flip=True", "flip=False"), "augmentation flip True, this one has False;"),
@@ -129,13 +129,13 @@ def test_what_is_a_difference():
     of_a, of_b = ([{"constants": {"LR": r}, "flags": {"stem": stem}, "lr": 0.1} for r in rates] for stem in "ab")
     for theirs, ours in itertools.permutations(of_a, 2):
         assert first_difference(theirs, ours, {"lr"}) is None  # of another experiment's rate at most
-    assert first_difference(of_b[0], of_b[1], {"lr"}) == "LR 0.1, this one has 0.2"
-    assert first_difference(of_b[1], of_b[0], {"lr"}) == "LR 0.2, this one has 0.1"
-    assert first_difference(of_b[1], of_b[2], {"lr"}) == "LR 0.2, this one has 0.3"
+    assert first_difference(of_b[0], of_b[1], {"lr"}) == "LR b 0.1, this one has 0.2"
+    assert first_difference(of_b[1], of_b[0], {"lr"}) == "LR b 0.2, this one has 0.1"
+    assert first_difference(of_b[1], of_b[2], {"lr"}) == "LR b 0.2, this one has 0.3"
     assert first_difference(of_b[1], of_b[2], {"lr", "LR"}) is None
     assert first_difference(of_b[2], of_b[3], {"lr"}) is None
     new = {"constants": {"LR": rates[3]}, "flags": {"stem": "c"}}  # a choice that the other does not have
-    assert first_difference(of_a[1], new, {"lr"}) == "LR None, this one has 1"
+    assert first_difference(of_a[1], new, {"lr"}) == "LR c None, this one has 1"
     assert first_difference(one, one | {"epochs": 9}, {"epochs"}) is None
 
 

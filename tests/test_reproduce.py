@@ -21,7 +21,7 @@ from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side, share
 from harness.records import read_log
 from harness.results import RESULTS, accuracy_table, read_records, results_table, summary
-from harness.statistics import difference, interval
+from harness.statistics import difference, interval, t_quantile
 from harness.terminal import UserError
 
 
@@ -374,6 +374,14 @@ def test_a_task_waits_for_the_one_before_it(tmp_path):
     assert ended == errors | {"g": "waited for e"}
 
 
+def test_the_95_percent_quantile_of_students_t():
+    """It agrees with the tables of a textbook."""
+    for degrees, value in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (19, 2.093), (199, 1.972)):
+        assert t_quantile(degrees) == pytest.approx(value, abs=4e-3)
+    quantiles = [t_quantile(degrees / 10) for degrees in range(10, 100)]
+    assert quantiles == sorted(quantiles, reverse=True)
+
+
 def test_the_interval_of_a_mean_and_of_a_difference():
     one, other = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0]
     half = 2.5706 * np.std(one, ddof=1) / 6**0.5  # of 5 degrees of freedom
@@ -381,6 +389,8 @@ def test_the_interval_of_a_mean_and_of_a_difference():
     found = difference(one, other)
     assert found.mean == pytest.approx(2.5) and found.low < 0 < found.high
     errors = [np.var(values, ddof=1) / len(values) for values in (one, other)]
+    degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
+    assert found.high - found.mean == pytest.approx(t_quantile(degrees) * sum(errors) ** 0.5)
     assert found.high - found.mean == pytest.approx(2.361 * sum(errors) ** 0.5, abs=0.01)  # 7.05 degrees of freedom
     found = difference([93.3, 93.4], [94.0, 94.2])
     assert found.low == pytest.approx(0.75 - 6.19 * 0.0125**0.5, abs=0.01)  # 1.47 degrees of freedom
