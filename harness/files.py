@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from harness.terminal import UserError
+from harness.terminal import UserError, advice_on
 
 
 class DamagedCheckpoint(UserError):
@@ -23,23 +23,26 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
     Raises UserError if that fails. The previous file is then unchanged.
     """
-    new = path.with_name(path.name + ".new")
+    new, copy = path.with_name(path.name + ".new"), keep and keep.with_name(keep.name + ".new")
     try:
         with open(new, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file in its place
         if keep and path.exists():
-            keep.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)  # of a process that was killed here
             try:
-                os.link(path, keep)  # a link, so that there is a whole `path` at every moment
+                os.link(path, copy)  # a link, so that there is a whole `path` at every moment
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, keep)
+                shutil.copyfile(path, copy)
+            os.replace(copy, keep)
+            copy.unlink(missing_ok=True)  # it is still there if both were links to the same file
         os.replace(new, path)
         sync_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # it may not exist, or the file system cannot be written at all
-            new.unlink()
+        for left in filter(None, (new, copy)):
+            with contextlib.suppress(OSError):  # it may not exist, or the file system cannot be written at all
+                left.unlink()
         if not isinstance(error, OSError):  # such as a signal
             raise
         raise UserError(f"{path} cannot be written: {error.strerror}; what was saved before is intact") from None
@@ -100,6 +103,8 @@ def read_checkpoint(path: Path) -> dict:
             f"{path} holds more than weights and plain values, maybe code: do not trust it"
         ) from None
     except Exception as error:  # zipfile and torch.load raise nearly anything for a damaged or foreign file
+        if advice_on(error):  # out of memory
+            raise
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint ({' '.join(str(error).split()[:20]) or repr(error)})"
         ) from None

@@ -32,8 +32,8 @@ class Interrupted(BaseException):
 def run(main: Callable[[], None]) -> None:
     """Call `main()` and turn an error into one line on stderr and an exit status. Scripts end with this call.
 
-    The status is 2 after a UserError, 130 after Ctrl-C, and 143 after SIGTERM, with which a cluster ends a job. It is 1
-    after a process lost its connection to another one under torchrun.
+    The status is 2 after an error the user can fix, 130 after Ctrl-C, and 143 after SIGTERM, with which a cluster ends
+    a job. It is 1 after a process lost its connection to another one under torchrun.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
@@ -65,7 +65,7 @@ def run(main: Callable[[], None]) -> None:
         exit_with(2, f"error: {advice}")
 
 
-def advice_on(error: RuntimeError | MemoryError) -> str | None:
+def advice_on(error: Exception) -> str | None:
     """Return what the user can do about an error of PyTorch or Python, or None if it is a bug."""
     if "no kernel image" in str(error):
         return "this build of PyTorch does not support this GPU; use --device cpu, or another build"
@@ -147,7 +147,9 @@ class CommandLine(argparse.ArgumentParser):
     """An argparse parser that answers a user error with one line and exit status 2."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        # prog: argparse's own begins with "python -m" after python -m, from Python 3.14 on
+        name = Path(sys.argv[0]).name
+        super().__init__(prog=name, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def add_data(self, help: str = "as for the training scripts (default: data)") -> None:
         """Add --data, a folder or "synthetic"."""

@@ -20,7 +20,7 @@ import torch
 from helpers import R1, ROOT, log, output, same_weights, wait_for_a_save, write_images
 from PIL import Image
 
-from harness.files import DamagedCheckpoint, read_checkpoint, write_atomically
+from harness.files import DamagedCheckpoint, read_checkpoint, write_atomically, write_checkpoint
 from harness.terminal import UserError
 
 
@@ -375,6 +375,24 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     for content in (b"1", b"2", b"3"):
         write_atomically(last, content, keep=previous)
     assert (last.read_bytes(), previous.read_bytes()) == (b"3", b"2")
+
+    def fill(path, copy):
+        copy.write_bytes(path.read_bytes()[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    write_atomically(last, b"45")
+    with pytest.raises(UserError, match=r"last\.pt cannot be written: No space left on device; what was saved"):
+        write_atomically(last, b"6", keep=previous)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {last.name: b"45", previous.name: b"2"}
+
+    def run_out_of_memory(*arguments, **settings):
+        raise MemoryError
+
+    write_checkpoint(last, {})
+    monkeypatch.setattr(torch, "load", run_out_of_memory)
+    with pytest.raises(MemoryError):  # which is no damaged file
+        read_checkpoint(last)
 
 
 def break_a_weight():
