@@ -67,7 +67,7 @@ class Checkpoints:
         The range is empty after --evaluate and if the run is complete. Raises UserError.
         """
         _, precision = self.records.here  # "auto" may differ between machines
-        started = self.recipe | {"precision": precision}
+        started = self.recipe | {"precision": precision, "evaluate": bool(self.args.evaluate)}
         for rank, other in enumerate(gather(started)):
             if difference := first_difference(other, started, set()):
                 raise UserError(f"process {rank} was started with {difference}; start all with the same command")
@@ -94,8 +94,8 @@ class Checkpoints:
         check_is_plain(self.network | self.state.settings())
         # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
         # file given by name, it gets a new folder, and the earlier folder is renamed.
-        named = path if self.args.resume is True else self.folder / "last.pt"
-        if checkpoint and path.resolve() == named.resolve() and path.parent.resolve() == self.folder.resolve():
+        in_folder = checkpoint and path.parent.resolve() == self.folder.resolve()
+        if in_folder and (self.args.resume is True or path.name == "last.pt"):
             self.last_is_whole = path.name == "last.pt"
             self.run_folder.own()
             self.restore_best(checkpoint)
@@ -251,7 +251,7 @@ class Checkpoints:
         self.records.report_epoch(self.args.epochs)
 
     def finish(self, confusion: torch.Tensor, per_class: torch.Tensor) -> None:
-        """Print the table, and write run.json unless a run of this length has already written it.
+        """Print the table, and write run.json unless it already records these epochs.
 
         confusion, per_class: from `confusion_matrix` and `per_class_accuracy`, for the test images.
         """

@@ -144,6 +144,7 @@ def test_processes_of_different_experiments_do_not_train_together(tmp_path, data
     for name, flags, other, words in (
         (R1, ["--seed", "0"], ["--seed", "1"], "--seed 1, this one has 0;"),
         (R1, ["--precision", "fp32"], ["--precision", "bf16"], "--precision bf16, this one has fp32;"),
+        (R1, [], ["--evaluate"], "--evaluate True, this one has False;"),
         (R4, [], ["--stem", "cifar"], "run cifar10_r4-cifar, this one has cifar10_r4;"),  # networks of other shapes
     ):
         nodes = two_nodes(tmp_path, flags, other, name=name)
