@@ -105,7 +105,7 @@ class Records:
         devices, precisions = zip(*(self.trained_on or [self.here]), strict=True)
         record = {
             **run,
-            "accuracy": figures.pop("accuracy"),
+            "accuracy": figures["accuracy"],
             "best_accuracy": best["test_accuracy"],
             "best_epoch": best["epoch"],
             **figures,
@@ -171,7 +171,7 @@ def record_text(record: dict) -> str:
 
 def git_commit() -> str | None:
     """Return the commit of these scripts, with a "+" if they have been changed since, or None without git."""
-    git = ["git", "-C", Path(__file__).parent.parent]
+    git = ["git", "--no-optional-locks", "-C", Path(__file__).parent.parent]  # the user may be using git
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         code = (":(glob)*.py", "models", "harness")  # new files too

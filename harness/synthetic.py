@@ -9,7 +9,7 @@ SHAPES = {  # u, v: offsets from the centre in pixels, to the right and down; r:
     "cross": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (np.minimum(abs(u), abs(v)) * 4 <= r),
     "diamond": lambda u, v, r: abs(u) + abs(v) <= r,
     "disc": lambda u, v, r: u * u + v * v <= r * r,
-    "frame": lambda u, v, r: abs(2 * np.maximum(abs(u), abs(v)) * 2 - 3 * r) <= r,
+    "frame": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (np.maximum(abs(u), abs(v)) * 2 >= r),
     "ring": lambda u, v, r: (u * u + v * v <= r * r) & (u * u + v * v > r * r // 3),
     "saltire": lambda u, v, r: (np.maximum(abs(u), abs(v)) <= r) & (abs(abs(u) - abs(v)) * 4 <= r),
     "square": lambda u, v, r: np.maximum(abs(u), abs(v)) <= r,
