@@ -41,10 +41,10 @@ def draw_run(folder: Path, logits: torch.Tensor, matrix: torch.Tensor, data: Dat
     """
     rows, name = read_log(folder), folder.resolve().name
     classes = [*map(escape_unprintable, data.classes)]
-    network = f"{escape_unprintable(name)}, after epoch {rows[-1]['epoch']:.0f}, {data.tested_on} images"
+    title = f"{escape_unprintable(name)}, after epoch {rows[-1]['epoch']:.0f}, {data.tested_on} images"
     curves({name: rows}, folder / "curves.png")
-    confusion(matrix, classes, network, folder / "confusion.png")
-    mistakes(data.test_images, data.test_labels, logits, classes, network, folder / "mistakes.png")
+    confusion(matrix, classes, title, folder / "confusion.png")
+    mistakes(data.test_images, data.test_labels, logits, classes, title, folder / "mistakes.png")
     print(f"curves.png, confusion.png and mistakes.png are in {folder}")
 
 
@@ -80,7 +80,7 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 @own_settings
-def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path) -> None:
+def confusion(matrix: torch.Tensor, classes: list[str], title: str, path: Path) -> None:
     """Draw a `utils.confusion_matrix` in percent of each row. The diagonal holds the accuracy of each class."""
     percent = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
     mistaken = np.ma.masked_array(percent, mask=np.eye(len(classes), dtype=bool))
@@ -91,7 +91,7 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
     ticks = range(len(classes))
     axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(ticks, classes)
-    axis.set(xlabel="predicted as", ylabel="true class", title=f"{network}\npercent of each class's images")
+    axis.set(xlabel="predicted as", ylabel="true class", title=f"{title}\npercent of each class's images")
     for i, j in np.ndindex(percent.shape) if len(classes) <= 20 else ():
         if i == j:
             axis.text(j, i, f"{percent[i, j]:.1f}", ha="center", va="center", weight="bold")
@@ -103,7 +103,7 @@ def confusion(matrix: torch.Tensor, classes: list[str], network: str, path: Path
 
 @own_settings
 def mistakes(
-    images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, classes: list[str], network: str, path: Path
+    images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor, classes: list[str], title: str, path: Path
 ) -> None:
     """Draw the 20 most confident mistakes, or fewer. images: uint8 of shape (N, 3, 32, 32)."""
     confidence, predictions = logits.softmax(1).max(1)
@@ -111,7 +111,7 @@ def mistakes(
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     lines = max(1, min(4, math.ceil(len(wrong) / 5)))
     figure = Figure(figsize=(8, 0.5 + 2 * lines), layout="constrained")
-    figure.suptitle(f"{network}\n{len(wrong)} of {len(labels)} images wrong, the most confident mistakes first")
+    figure.suptitle(f"{title}\n{len(wrong)} of {len(labels)} images wrong, the most confident mistakes first")
     axes = figure.subplots(lines, 5).flatten()
     for axis in axes:
         axis.axis("off")
