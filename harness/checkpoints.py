@@ -92,23 +92,28 @@ class Checkpoints:
             self.resume(path, checkpoint)
         self.state.finite_weights("before training; a mask of infinities belongs into a buffer with persistent=False")
         check_is_plain(self.network | self.state.settings())
-        # The run stays in its folder only if it resumes from its newest checkpoint there. Otherwise, as from an older
-        # file given by name, it gets a new folder, and the earlier folder is renamed.
+        self.take_folder(path, checkpoint)
+        self.records.begin_epoch(self.state.lr())
+        handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
+        return checkpoint["epoch"] if checkpoint else 0
+
+    def take_folder(self, path: Path | None, checkpoint: dict | None) -> None:
+        """Stay in the run's folder if its newest checkpoint was resumed. Otherwise begin a new one.
+
+        The earlier folder is then renamed, for example if an older file was resumed by name.
+        """
         in_folder = checkpoint and path.parent.resolve() == self.folder.resolve()
         if in_folder and (self.args.resume is True or path.name == "last.pt"):
             self.last_is_whole = path.name == "last.pt"
             self.run_folder.own()
             self.restore_best(checkpoint)
-        else:
-            files = {}
-            if self.records.rows:  # resumed, but not from this folder's last.pt
-                found = self.find_best(path.parent)
-                best = found.read_bytes() if found else self.best_from(checkpoint)
-                files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
-            self.run_folder.begin(files)
-        self.records.begin_epoch(self.state.lr())
-        handle_signals(f"; {self.args.resume_command} resumes after the last saved epoch")
-        return checkpoint["epoch"] if checkpoint else 0
+            return
+        files = {}
+        if self.records.rows:  # resumed, but not from this folder's last.pt
+            found = self.find_best(path.parent)
+            best = found.read_bytes() if found else self.best_from(checkpoint)
+            files = ({"best.pt": best} if best else {}) | {"last.pt": path.read_bytes()}
+        self.run_folder.begin(files)
 
     def load_for_evaluation(self) -> int:
         """Load the weights that --evaluate names and return their epoch."""
