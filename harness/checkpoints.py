@@ -84,6 +84,7 @@ class Checkpoints:
         if self.args.evaluate:
             return self.load_for_evaluation()
         self.train_step.check_batch_size(self.args.batch_size, self.loader.smallest_share)
+        self.run_folder.recover()
         if self.folder.exists():
             self.run_folder.lock()
         paths = self.files_to_resume()

@@ -78,6 +78,13 @@ class RunFolder:
         new.rename(self.path)
         sync_folder(self.path.parent)
 
+    def recover(self) -> None:
+        """Complete what a process was killed in that had moved the earlier run, but not yet renamed its new folder."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        if (new / "last.pt").exists() and not os.path.lexists(self.path):  # its last.pt is written last
+            self.lock()
+            new.rename(self.path)
+
     def move_earlier_run(self) -> None:
         """Move the folder to the next free name, or remove it if it holds no file of a run."""
         if not self.path.is_symlink() and {path.name for path in self.path.iterdir()} <= {OWNER}:

@@ -245,6 +245,29 @@ def test_an_earlier_run_is_taken_up_again(script, tmp_path, folders):
     assert "resuming checkpoints/cifar10_r1/last.pt after epoch 3\n" in script(*flags, 4, "--resume").stdout
 
 
+def die_before_the_new_folder_has_its_name():
+    """Kill this process, which is a script's, after it has moved the earlier run."""
+    original = Path.rename
+
+    def rename(path, target):
+        if path.name.endswith(".new"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, target)
+
+    Path.rename = rename
+
+
+def test_killed_while_it_begins_from_an_older_file(script, tmp_path, folders):
+    flags = [R1, "--data", folders, "--epochs"]
+    script(*flags, 3)
+    folder = tmp_path / "checkpoints/cifar10_r1"
+    older = ["--resume", folder / "last.previous.pt"]
+    script(*flags, 4, *older, status=-signal.SIGKILL, before=die_before_the_new_folder_has_its_name)
+    assert not folder.exists()
+    assert "resuming checkpoints/cifar10_r1/last.pt after epoch 2\n" in script(*flags, 4, "--resume").stdout
+    assert [len(log(path)) for path in (folder, folder.with_name("cifar10_r1.earlier1"))] == [4, 3]
+
+
 def test_a_longer_run_has_a_new_record(script, tmp_path, folders):
     flags = [R1, "--data", folders, "--resume", "--epochs"]
     record = tmp_path / "checkpoints/cifar10_r1/run.json"
