@@ -81,9 +81,10 @@ def check_same_recipe(one: dict, other: dict) -> None:
         for recipe in recipes:
             recipe["constants"] = {name: recipe["constants"][name] for name in shared}
     if differing := first_difference(recipes[1], recipes[0], {"seed", "--seed"}):
+        seeds = " and ".join(str(recipe.get("seed", recipe.get("--seed"))) for recipe in reversed(recipes))
         raise UserError(
-            f"the records of {one['run']} and its other seeds have no common mean: one has {differing}; "
-            "move one kind into another folder"
+            f"the records of {one['run']} and its other seeds have no common mean: one has {differing} "
+            f"(seeds {seeds}); move one kind into another folder"
         )
 
 
@@ -145,6 +146,8 @@ def compare(one: str, other: str, names: Iterable[str], own_folder: Path) -> str
                 raise UserError(
                     f"{name}: {len(pair[0])} and {len(pair[1])} records{where}; a comparison needs two seeds each"
                 )
+            if len({record["recipe"].get("data") for records in pair for record in records} - {None}) > 1:
+                raise UserError(f"{name}: the records are of different data; compare those of the same")
             values = [[record["accuracy"] for record in records] for records in pair]
             lines.append(f"{name}: {summary(pair[0])}, {summary(pair[1])}; {verdict(difference(*values))}")
         except UserError as error:

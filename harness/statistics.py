@@ -32,8 +32,10 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
     variances = [statistics.variance(values) for values in (one, other)]
     if not any(variances):
         return Difference(mean, mean, mean, 2 if mean else math.inf)
-    low, high = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
-    return Difference(mean, float(low), float(high), seeds_needed(mean, variances))
+    squares = [variance / len(values) for variance, values in zip(variances, (one, other), strict=True)]
+    degrees = sum(squares) ** 2 / sum(s**2 / (len(values) - 1) for s, values in zip(squares, (one, other), strict=True))
+    half = t_quantile(degrees) * math.sqrt(sum(squares))
+    return Difference(mean, mean - half, mean + half, seeds_needed(mean, variances))
 
 
 def t_quantile(degrees: float) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CIFAR10_CLASSES, R1, ROOT, hide, output, run_on_a_terminal, write_images
+from scipy import stats
 
 import harness.results
 import reproduce
@@ -389,11 +390,14 @@ def test_the_interval_of_a_mean_and_of_a_difference():
     found = difference(one, other)
     assert found.mean == pytest.approx(2.5) and found.low < 0 < found.high
     errors = [np.var(values, ddof=1) / len(values) for values in (one, other)]
-    degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (one, other), strict=True))
-    assert found.high - found.mean == pytest.approx(t_quantile(degrees) * sum(errors) ** 0.5)
+    welch = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(welch.low), pytest.approx(welch.high))
     assert found.high - found.mean == pytest.approx(2.361 * sum(errors) ** 0.5, abs=0.01)  # 7.05 degrees of freedom
     found = difference([93.3, 93.4], [94.0, 94.2])
     assert found.low == pytest.approx(0.75 - 6.19 * 0.0125**0.5, abs=0.01)  # 1.47 degrees of freedom
+    assert difference([93.1, 93.1], [93.2, 93.4]).high == pytest.approx(
+        0.2 + 12.706 * 0.1, abs=0.001
+    )  # without a warning
     assert difference([1, 1], [2, 2]).low == 1 and difference([1, 1], [1, 1]).seeds == np.inf
     assert difference([69.62, 68.48], [69.55, 68.55]).seeds == np.inf  # the means are equal but for rounding
 
@@ -430,6 +434,13 @@ def test_compare(script, refused, tmp_path):
         (tmp_path / f"new/r2-seed{seed}.json").write_text(json.dumps(record))
     worse, no_mean = script("reproduce.py", "--compare", "new", "old").stdout.splitlines()
     assert worse.endswith("the second is worse") and "have no common mean: one has A 2, this one has 1" in no_mean
+    assert no_mean.endswith("(seeds 0 and 0); move one kind into another folder")  # all are copies of seed 0's record
+    for seed in (0, 1):
+        for folder, data in (("old", "of one kind"), ("new", "of another")):
+            other = {"recipe": record["recipe"] | {"data": data}}
+            (tmp_path / f"{folder}/r2-seed{seed}.json").write_text(json.dumps(record | other))
+    *_, other_data = script("reproduce.py", "--compare", "new", "old").stdout.splitlines()
+    assert other_data == "r2: the records are of different data; compare those of the same"
     for seed in (0, 1):
         for folder in ("old", "new"):
             (tmp_path / f"{folder}/r2-seed{seed}.json").unlink()
