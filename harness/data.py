@@ -1,5 +1,6 @@
 """Datasets in memory, from the original's files, class folders or the built-in images, and single image files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -191,7 +192,11 @@ def raise_error(error: OSError) -> NoReturn:
 
 def as_seen(image: Image.Image) -> Image.Image:
     """Return the image in RGB, upright as the camera noted, and with white behind what is transparent."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # notes that Pillow cannot read, of a picture that it has read
+        image.getexif()
+        image.info.pop("exif", None)  # the notes as bytes, which would be written anew; this fails for some notes
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -214,7 +219,7 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
             if image.size != (32, 32) and not resize:
                 raise UserError(f"{path} is {image.width}x{image.height}, not 32x32; resize or remove it")
             # convert() would clip modes of 16 and 32 bits a pixel to white. Pillow cuts 16-bit colours to 8 bits.
-            deep = image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile)
+            deep = image.mode[0] in "IF" or any(";16" in str(tile) or tile[0] == "SGI16" for tile in image.tile)
             if image.format == "PPM" and image.mode != "1":
                 deep |= any(tile[0] != "raw" and tile[3][1] > 255 for tile in image.tile)
             if deep:
@@ -226,4 +231,5 @@ def read_image(path: str | Path, resize: bool = False) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
-        raise UserError(f"{path} is not a readable image ({error}); repair or remove it") from None
+        advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "repair or remove it"
+        raise UserError(f"{path} is not a readable image ({error}); {advice}") from None

@@ -59,6 +59,8 @@ class Loader:
     ):
         if crop is True:
             raise UserError("crop=True: crop is a number of pixels now; use crop=4")
+        if not 0 <= crop < SIDE:
+            raise UserError(f"crop={crop}: use a number of pixels from 0 to {SIDE - 1}")
         if flip not in (False, True, "alternating"):
             raise UserError(f"flip={flip!r}: use True or 'alternating'")
         self.images, self.labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
@@ -67,13 +69,14 @@ class Loader:
         self.training, self.seed, self.epoch = training, seed, 0
         self.flip, self.crop, self.reflect, self.jitter = flip, crop, reflect, jitter
         self.cutout, self.transform = cutout, transform
-        # Batch sizes differ by at most one. No batch has one image, on which batch-norm cannot train, unless all have.
+        # Batch sizes differ by at most one. No batch has one image, on which batch-norm may fail, unless all have. So
+        # batches of 2 may have a third.
         n = len(labels)
         count = max(1, min(math.ceil(n / batch_size), n // 2)) if batch_size > 1 else n
         batches = torch.arange(n).tensor_split(count)
         # Every process gets a share of each batch. In training the shares differ by at most one, in testing some may be
-        # empty.
-        shared = len(batches[-1]) if training else n
+        # empty, but none in the first batch, which is among the largest.
+        shared = len(batches[-1] if training else batches[0])
         if shared < WORLD_SIZE:
             images, purpose = "1 image" if shared == 1 else f"{shared} images", "training" if training else "testing"
             raise UserError(f"{WORLD_SIZE} processes cannot share {images} for {purpose}")

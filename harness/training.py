@@ -112,7 +112,7 @@ class TrainStep:
             )
 
     def check_batch_size(self, batch_size: int, smallest_share: int) -> None:
-        """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm cannot train."""
+        """Raise UserError if a process's smallest share of a batch is one image, on which batch-norm may fail."""
         layers = (nn.BatchNorm1d, nn.BatchNorm2d)
         if smallest_share > 1 or not any(isinstance(module, layers) for module in self.model.modules()):
             return

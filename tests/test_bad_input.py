@@ -35,7 +35,7 @@ def test_mistakes_in_every_script(refused, name):
 def odd(tmp_path_factory):
     """Return a folder with folders of data, most of them with something wrong."""
     root = tmp_path_factory.mktemp("odd")
-    for name in ("good", "text", "cut", "bomb", "large", "empty", "sixteen", "sixteen ppm"):
+    for name in ("good", "text", "cut", "bomb", "large", "empty", "sixteen", "sixteen ppm", "sixteen sgi"):
         write_images(root / name, train=4, test=2)
     first = "train/cat/0000.png"
     (root / "text" / first).write_text("no picture")
@@ -44,6 +44,7 @@ def odd(tmp_path_factory):
     Image.new("RGB", (33, 32)).save(root / "large" / first)
     Image.new("I;16", (32, 32)).save(root / "sixteen" / first)
     (root / "sixteen ppm" / first).write_bytes(b"P6 32 32 65535\n" + bytes(32 * 32 * 3 * 2))
+    Image.new("RGB", (32, 32)).save(root / "sixteen sgi" / first, format="SGI", bpc=2)
     for name, colour_type, channels in (("sixteen colours", 2, 3), ("sixteen alpha", 4, 2)):
         write_images(root / name, train=4, test=2)
         (root / name / first).write_bytes(png(colour_type, channels))
@@ -85,6 +86,7 @@ def odd(tmp_path_factory):
         ("cifar10_r1.py --data {}/sixteen colours", "train/cat/0000.png has more than 8 bits"),
         ("cifar10_r1.py --data {}/sixteen alpha", "train/cat/0000.png has more than 8 bits"),
         ("cifar10_r1.py --data {}/sixteen ppm", "train/cat/0000.png has more than 8 bits"),
+        ("cifar10_r1.py --data {}/sixteen sgi", "train/cat/0000.png has more than 8 bits"),
         ("cifar10_r1.py --data {}/empty", "test/dog holds no image"),
         ("cifar10_r1.py --data {}/one class", "holds 1 class folder; a classifier needs two or more"),
         ("cifar10_r1.py --data {}/differ", "has no counterpart in"),

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -249,6 +250,8 @@ def test_a_crop_has_black_or_mirrored_borders():
 def test_an_augmentation_that_means_nothing_is_refused():
     with pytest.raises(UserError, match="use crop=4"):
         make_loader(crop=True)
+    with pytest.raises(UserError, match="crop=32: use a number of pixels from 0 to 31"):
+        make_loader(crop=32)
     with pytest.raises(UserError, match="flip='alternate': use True or 'alternating'"):
         make_loader(flip="alternate")
 
@@ -346,10 +349,16 @@ def test_photographs_are_read_upright_and_hidden_folders_are_not(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(upright[::-1, ::-1]).save(folder / "train/cat/0000.png", exif=exif)
+    # Upside down too, and with a text where the unit of the resolution belongs, which Pillow reads but cannot write.
+    notes = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 3, 0x0128, 2, 2, b"2", 0)
+    Image.fromarray(upright[::-1, ::-1]).save(folder / "train/dog/0000.jpg", exif=b"Exif\0\0" + notes, quality=100)
+    Image.fromarray(upright).save(folder / "train/dog/0001.png", exif=b"no EXIF")
     (folder / "train/cat/.ipynb_checkpoints").mkdir()
     Image.fromarray(upright).save(folder / "train/cat/.ipynb_checkpoints/copy.png")
     data = load_data(folder)
-    assert len(data.train_images) == 4 and np.array_equal(data.train_images[0].permute(1, 2, 0), upright)
+    assert len(data.train_images) == 5
+    for number in (0, 2, 4):
+        assert np.array_equal(data.train_images[number].permute(1, 2, 0), upright)
 
 
 def test_a_transform_draws_anew_for_each_group():

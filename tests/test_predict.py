@@ -155,7 +155,7 @@ def test_a_photo_is_turned_the_right_way_up(tmp_path):
         ("none.png --checkpoint best.pt", "none.png does not exist; name a picture or a folder of them"),
         ("text.png --checkpoint best.pt", "text.png is not a readable image"),
         ("cut.png --checkpoint best.pt", "cut.png is not a readable image"),
-        ("bomb.png --checkpoint best.pt", "bomb.png is not a readable image"),
+        ("bomb.png --checkpoint best.pt", "178956970 pixels, could be decompression bomb DOS attack.); scale it down"),
         ("good.png empty --checkpoint best.pt", "empty holds no image"),
         ("good.png --checkpoint best.pt --plot out.xyz", "'out.xyz' has no picture suffix"),
     ],

@@ -130,6 +130,8 @@ def test_too_few_images_for_the_processes(monkeypatch):
         harness.loader.Loader(images, labels, 2, training=True, **common)
     with pytest.raises(UserError, match="3 processes cannot share 1 image for testing"):
         harness.loader.Loader(images[:1], labels[:1], 500, **common)
+    with pytest.raises(UserError, match="3 processes cannot share 2 images for testing"):
+        harness.loader.Loader(images[:8], labels[:8], 2, **common)
 
 
 def test_batches_that_are_smaller_than_asked_for(monkeypatch):
