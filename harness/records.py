@@ -75,7 +75,8 @@ class Records:
         """Print the accuracy in percent, in total and by class."""
         print(f"Accuracy of the network on the {self.images} images: {accuracy:.1f} %")
         for name, value in per_class.items():
-            print(f"Accuracy of {TUTORIAL_NAMES.get(name, name)}: {value:.1f} %")
+            short = TUTORIAL_NAMES.get(name, name)
+            print(f"Accuracy of {name if short in per_class else short}: {value:.1f} %")
 
     def print_end(self) -> None:
         """Print the best epoch, and where the run's files are."""
@@ -171,7 +172,10 @@ def record_text(record: dict) -> str:
 
 def git_commit() -> str | None:
     """Return the commit of these scripts, with a "+" if they have been changed since, or None without git."""
-    git = ["git", "--no-optional-locks", "-C", Path(__file__).parent.parent]  # the user may be using git
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # unpacked from an archive, maybe within another repository
+        return None
+    git = ["git", "--no-optional-locks", "-C", root]  # the user may be using git
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         code = (":(glob)*.py", "models", "harness")  # new files too

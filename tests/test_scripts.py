@@ -72,6 +72,9 @@ def test_airplane_and_automobile_are_plane_and_car(script, tmp_path):
     write_images(tmp_path / "data", classes=("airplane", "automobile"), train=4, test=4)
     out = script(R1, "--epochs", 1).stdout
     assert "\nAccuracy of plane: " in out and "\nAccuracy of car: " in out
+    write_images(tmp_path / "cars", classes=("automobile", "car"), train=4, test=4)
+    out = script(R1, "--epochs", 1, "--data", "cars").stdout
+    assert "\nAccuracy of automobile: " in out and "\nAccuracy of car: " in out
 
 
 @pytest.mark.parametrize("flags", [[R1, "--flip"], [R2, "--crop"]])
@@ -384,6 +387,10 @@ def test_the_commit_has_a_plus_if_code_has_changed_since(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     first, second, third = done.stdout.split()
     assert len(first) == 40 and second == first and third == f"{first}+"
+    unpacked = tmp_path / "unpacked"  # from an archive, within someone's repository
+    shutil.copytree(tmp_path / "harness", unpacked / "harness")
+    done = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None"] * 3
 
 
 def test_auto_is_the_best_device_and_its_fastest_precision(monkeypatch):
