@@ -119,6 +119,8 @@ def image_of(i: int, sample: object) -> object:
     image = sample[0] if isinstance(sample, tuple | list) and sample else sample
     if isinstance(sample, torch.Tensor | np.ndarray) or not isinstance(image, Image.Image | torch.Tensor | np.ndarray):
         raise UserError(f"sample {i} is a {type(sample).__name__}, not (image, label); pass {WANTED}")
+    if isinstance(image, np.ndarray) and image.ndim not in (2, 3):
+        raise UserError(f"image {i} has the shape {image.shape}, not (H, W) or (H, W, C); pass {WANTED}")
     if isinstance(image, Image.Image) and image.mode in ("P", "PA"):
         raise UserError(f"image {i} has a palette, whose numbers are not colours; convert it to RGB")
     return image

@@ -25,7 +25,7 @@ from predict import load_classifier
 def main() -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=nonempty_path, metavar="RUN", help="a run's folder, such as checkpoints/cifar10_r3")
+    add("runs", nargs="+", type=nonempty_path, metavar="RUN", help="folder of a run, or of records as results/mine")
     add("--output", type=picture_path, metavar="FILE", help="for several runs (default: comparison.png)")
     parser.add_data()
     parser.add_device()
@@ -53,6 +53,8 @@ def main() -> None:
     read_log(folder)  # report what is missing before the data is read
     device = choose_device(args.device)
     path = folder / "last.pt"
+    if not path.exists():
+        raise UserError(f"{path} is missing; the pictures of a run need its last network")
     classifier, checkpoint = load_classifier(path, device), read_checkpoint(path)
     recipe = checkpoint.get("recipe")
     if not recipe:

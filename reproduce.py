@@ -237,6 +237,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ship and len(args.only) != 1:
         parser.error("--ship takes the network of a single row; name it with --only")
+    if args.ship and args.seeds > 1:
+        parser.error("--ship takes the network of a single seed; name it with --seed")
     return args
 
 

@@ -45,7 +45,8 @@ class BenchmarkLine(CommandLine):
     def parse(self) -> tuple[argparse.Namespace, list[str], Data, torch.device]:
         """Return the flags, the chosen commands, the dataset and the device. Raise UserError if --only fits none."""
         args = self.parse_args()
-        commands = [command for command in IMAGES if any(word in command for word in args.only)]
+        names = {command: command.removeprefix("cifar10_") for command in IMAGES}  # in which r1 is not part of cifar10
+        commands = [command for command, name in names.items() if any(word in name for word in args.only)]
         if not commands:
             raise UserError(f"--only {' '.join(args.only)} is in none of {'; '.join(IMAGES)}")
         return args, commands, load_data(args.data), choose_device(args.device)

@@ -25,9 +25,9 @@ class WhitenedCNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
-        """Set the first layer's weights so that its outputs on these images are uncorrelated, each with variance 1.
+        """Set the first layer's weights so that 12 outputs have second moments of 1 on these images, and products of 0.
 
-        The weights are the scaled eigenvectors of the patches' covariance, and their negatives.
+        The weights are the scaled eigenvectors of the patches' second moments. The other 12 outputs are the negatives.
         images: normalised, of shape (N, 3, H, W).
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)

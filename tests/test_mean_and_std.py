@@ -91,6 +91,8 @@ def test_the_repositorys_own_tensors(shape, value):
         ([(Image.new("PA", (4, 4)), 0)], "image 0 has a palette"),
         ([(PICTURES[0], 0), (np.zeros((4, 4), ">u2"), 0)], "image 1 cannot be read as a tensor: .*byte order"),
         ([(np.zeros((0, 4, 3), np.uint8), 0)], "image 0 has no pixels"),
+        ([(np.zeros((2, 3, 4, 4), np.uint8), 0)], r"image 0 has the shape \(2, 3, 4, 4\), not \(H, W\) or \(H, W, C\)"),
+        ([(PICTURES[0], 0), (np.zeros(5), 0)], r"image 1 has the shape \(5,\), not"),
         (torch.zeros(2, 3, 0, 4, dtype=torch.uint8), "image 0 has no pixels"),
         ({0: (PICTURES[0], 0)}, "a dict cannot be indexed from 0; pass a map-style dataset"),
         (iter([]), "a list_iterator cannot be indexed"),

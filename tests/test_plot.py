@@ -114,6 +114,7 @@ def trained(tmp_path_factory):
         ("{run} {run} --output C.PNG.txt", "argument --output: 'C.PNG.txt' has no picture suffix"),
         ("{run} {run} --output x.pgf", "x.pgf cannot be drawn ("),
         ("{run}/best --data {data}", "best/last.pt is for inference and does not name its data"),
+        ("{run}/best/log", "best/log/last.pt is missing; the pictures of a run need its last network"),
         ("", "the following arguments are required: RUN"),
     ],
 )
@@ -126,7 +127,9 @@ def test_mistakes_are_refused(refused, tmp_path, trained, folders, flags, words)
         best = tmp_path / "checkpoints/cifar10_r1/best"
         best.mkdir()
         shutil.copy(best.parent / "best.pt", best / "last.pt")
-        shutil.copy(best.parent / "log.csv", best)
+        (best / "log").mkdir()  # and nothing else of the run
+        for folder in (best, best / "log"):
+            shutil.copy(best.parent / "log.csv", folder)
     (tmp_path / "empty").mkdir()
     (tmp_path / "huge").mkdir()
     (tmp_path / "huge/log.csv").write_text(f"epoch,lr\n1,{'9' * 200_000}\n")

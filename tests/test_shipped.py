@@ -81,6 +81,7 @@ def test_a_run_is_shipped(script, refused, tmp_path, folders, monkeypatch):
     record.write_text((run / "run.json").read_text().replace('"seconds"', '"minutes"'))  # of another run
     assert expected in refused("reproduce.py", *flags, before=in_this_folder)
     assert "name it with --only" in refused("reproduce.py", *flags, "r2", before=in_this_folder)
+    assert "name it with --seed" in refused("reproduce.py", *flags, "--seeds", 2, before=in_this_folder)
     assert not (tmp_path / "small.pt").exists()
     (tmp_path / "results/mine").mkdir()
     shutil.copy(run / "run.json", tmp_path / "results/mine/r1-seed0.json")  # which Git ignores
