@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return a key of DTYPES. "auto" is bf16 if the device computes it, else fp16 on CUDA and fp32 elsewhere.
+    """Return a key of DTYPES. "auto" is bf16 on a CUDA GPU or x86 CPU that computes it, else fp16 on CUDA, else fp32.
 
     Raises UserError for fp16 without CUDA.
     """

@@ -33,8 +33,10 @@ class RunFolder:
             lock.acquire(timeout=0)
             self.held = lock
         except Timeout:
-            owner = self.path / OWNER
-            who = f"process {owner.read_text().split()[0]}" if owner.exists() else "another process"
+            try:
+                who = f"process {(self.path / OWNER).read_text().split()[0]}"
+            except (OSError, IndexError):  # no folder yet, or its file is being moved, or empty after a power cut
+                who = "another process"
             raise UserError(f"{self.path}{IN_USE}{who}; wait for it, or use other --checkpoints") from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}; use other --checkpoints") from None

@@ -97,6 +97,9 @@ def test_a_second_run_in_the_same_folder_is_refused(start, refused, script, tmp_
     line = refused(*flags, 2)
     assert f"checkpoints/cifar10_r1 is in use by process {first.pid}; wait for it, or use other --checkpoints" in line
     script(*flags, 2, "--evaluate")  # reading does no harm
+    os.kill(first.pid, signal.SIGSTOP)
+    (tmp_path / "checkpoints/cifar10_r1/.owner").write_text("")  # as a power cut may leave it
+    assert "checkpoints/cifar10_r1 is in use by another process" in refused(*flags, 2)
     first.kill()
     first.join()
     script(*flags, 2)  # and a killed run holds no lock
