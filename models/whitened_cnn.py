@@ -25,7 +25,7 @@ class WhitenedCNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
-        """Set the first layer's weights so that 12 outputs have second moments of 1 on these images, and products of 0.
+        """Set the first layer's weights so that on these images 12 outputs have mean squares of 1, mean products of 0.
 
         The weights are the scaled eigenvectors of the patches' second moments. The other 12 outputs are the negatives.
         images: normalised, of shape (N, 3, H, W).

@@ -436,11 +436,14 @@ def test_compare(script, refused, tmp_path):
     assert worse.endswith("the second is worse") and "have no common mean: one has A 2, this one has 1" in no_mean
     assert no_mean.endswith("(seeds 0 and 0); move one kind into another folder")  # all are copies of seed 0's record
     for seed in (0, 1):
-        for folder, data in (("old", "of one kind"), ("new", "of another")):
-            other = {"recipe": record["recipe"] | {"data": data}}
+        for folder, data, fingerprint in (("old", "CIFAR-10", "one order"), ("new", "class folders", "another")):
+            other = {"recipe": record["recipe"] | {"data": fingerprint}, "data": data}
             (tmp_path / f"{folder}/r2-seed{seed}.json").write_text(json.dumps(record | other))
-    *_, other_data = script("reproduce.py", "--compare", "new", "old").stdout.splitlines()
-    assert other_data == "r2: the records are of different data; compare those of the same"
+    assert "\nr2: " in script("reproduce.py", "--compare", "new", "old").stdout
+    for seed in (0, 1):
+        (tmp_path / f"old/r2-seed{seed}.json").write_text(json.dumps(record | {"data": "synthetic"}))
+    *_, synthetic = script("reproduce.py", "--compare", "new", "old").stdout.splitlines()
+    assert synthetic == "r2: only one has records of the synthetic images; compare the same images"
     for seed in (0, 1):
         for folder in ("old", "new"):
             (tmp_path / f"{folder}/r2-seed{seed}.json").unlink()
