@@ -32,10 +32,19 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
     variances = [statistics.variance(values) for values in (one, other)]
     if not any(variances):
         return Difference(mean, mean, mean, 2 if mean else math.inf)
-    squares = [variance / len(values) for variance, values in zip(variances, (one, other), strict=True)]
-    degrees = sum(squares) ** 2 / sum(s**2 / (len(values) - 1) for s, values in zip(squares, (one, other), strict=True))
-    half = t_quantile(degrees) * math.sqrt(sum(squares))
+    error, degrees = welch(variances, [len(one), len(other)])
+    half = t_quantile(degrees) * error
     return Difference(mean, mean - half, mean + half, seeds_needed(mean, variances))
+
+
+def welch(variances: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Return the standard error of the difference of two means, and its degrees of freedom in Welch's t-test.
+
+    variances, counts: of the two groups. Not both variances are 0.
+    """
+    squares = [variance / count for variance, count in zip(variances, counts, strict=True)]
+    degrees = sum(squares) ** 2 / sum(square**2 / (count - 1) for square, count in zip(squares, counts, strict=True))
+    return math.sqrt(sum(squares)), degrees
 
 
 def t_quantile(degrees: float) -> float:
@@ -52,7 +61,8 @@ def seeds_needed(mean: float, variances: Sequence[float]) -> float:
         return math.inf
     # A few more are needed, as Student's t is larger than Z.
     count = max(2, math.ceil((Z + POWER) ** 2 * sum(variances) / mean**2))
-    degrees = sum(variances) ** 2 / sum(variance**2 for variance in variances)  # for each seed after the first
-    while (t_quantile((count - 1) * degrees) + POWER) * math.sqrt(sum(variances) / count) > abs(mean):
+    while True:
+        error, degrees = welch(variances, [count, count])
+        if (t_quantile(degrees) + POWER) * error <= abs(mean):
+            return count
         count += 1
-    return count
