@@ -19,6 +19,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path, self.held, self.owner = path, None, f"{os.getpid()} {uuid.uuid4().hex}"
+        self.new = path.with_name(f"{path.name}.new")  # what `begin` makes before it moves an earlier run
 
     def lock(self) -> None:
         """Take the folder's name until the process ends, even if it is killed.
@@ -69,23 +70,21 @@ class RunFolder:
         may be killed at any moment.
         """
         self.lock()
-        new = self.path.with_name(f"{self.path.name}.new")
-        new.mkdir(exist_ok=True)
-        for leftover in new.iterdir():  # of a process that was killed at this point
+        self.new.mkdir(exist_ok=True)
+        for leftover in self.new.iterdir():  # of a process that was killed at this point
             leftover.unlink()
         for name, content in {OWNER: self.owner.encode(), **files}.items():
-            write_atomically(new / name, content)
+            write_atomically(self.new / name, content)
         if os.path.lexists(self.path):
             self.move_earlier_run()
-        new.rename(self.path)
+        self.new.rename(self.path)
         sync_folder(self.path.parent)
 
     def recover(self) -> None:
         """Complete what a process was killed in that had moved the earlier run, but not yet renamed its new folder."""
-        new = self.path.with_name(f"{self.path.name}.new")
-        if (new / "last.pt").exists() and not os.path.lexists(self.path):  # its last.pt is written last
+        if (self.new / "last.pt").exists() and not os.path.lexists(self.path):  # its last.pt is written last
             self.lock()
-            new.rename(self.path)
+            self.new.rename(self.path)
 
     def move_earlier_run(self) -> None:
         """Move the folder to the next free name, or remove it if it holds no file of a run."""
