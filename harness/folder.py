@@ -81,7 +81,7 @@ class RunFolder:
         sync_folder(self.path.parent)
 
     def recover(self) -> None:
-        """Complete what a process was killed in that had moved the earlier run, but not yet renamed its new folder."""
+        """Name the new folder of a process that was killed after it had moved the earlier run."""
         if (self.new / "last.pt").exists() and not os.path.lexists(self.path):  # its last.pt is written last
             self.lock()
             self.new.rename(self.path)
