@@ -56,8 +56,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2:]
         x = F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2))  # zeros, which an odd map needs only at its start
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        return F.gelu(self.norm2(self.conv2(x)))
+        x = F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.silu(self.norm2(self.conv2(x)))
 
 
 class BatchNorm(nn.BatchNorm2d):
