@@ -25,7 +25,7 @@ IMAGES = {  # in a round of training, which takes some seconds on a CPU. A GPU g
     "cifar10_r4.py": 2_560,
     "cifar10_r4.py --stem cifar": 1_024,
     "cifar10_r4.py --stem cifar-nopool": 512,
-    "cifar10_r5.py": 4_000,
+    "cifar10_r5.py": 3_072,
     "train_mobilenetv2.py": 768,
 }
 GPU_FACTOR = 20

@@ -168,8 +168,8 @@ def test_a_block_computes_only_what_its_pool_uses(size):
     seen = []
     block.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2:]))
     x = torch.nn.functional.conv2d(images, block.conv1.weight, padding=1)
-    x = torch.nn.functional.gelu(block.norm1(torch.nn.functional.max_pool2d(x, 2)))
-    expected = torch.nn.functional.gelu(block.norm2(block.conv2(x)))
+    x = torch.nn.functional.silu(block.norm1(torch.nn.functional.max_pool2d(x, 2)))
+    expected = torch.nn.functional.silu(block.norm2(block.conv2(x)))
     torch.testing.assert_close(block(images), expected)
     assert seen == [(8, 8)]
 
