@@ -116,7 +116,7 @@ def test_a_run_is_shipped(script, refused, tmp_path, folders, monkeypatch):
 
 def write_network(path, name):
     """Write a checkpoint of a network whose batch-norm has statistics, and whose logits have a std of about 1."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # with 0, WhitenedCNN gives one class less than 0.2 % of every image
     model = getattr(models, name)(num_classes=3)
     images = torch.randn(20, 3, 32, 32)
     for module in model.modules():
@@ -151,7 +151,7 @@ def test_an_exported_network_says_the_same(tmp_path, name, suffix):
     predict.export(classifier, path)
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8)
     expected = classifier(images).softmax(1)
-    assert expected.std(0).max() > 1e-3  # the images are told apart
+    assert expected.std(0).min() > 1e-3  # the images are told apart
     for n in (100, 1):
         probabilities, classes = run_exported(path, images[:n])
         torch.testing.assert_close(probabilities, expected[:n], atol=1e-4, rtol=0)
