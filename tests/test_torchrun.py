@@ -19,7 +19,7 @@ from harness.terminal import UserError
 from predict import load_classifier
 
 pytestmark = pytest.mark.long
-STARTED = []  # torchruns of this test
+STARTED = []  # processes of this test
 
 
 @pytest.fixture
@@ -27,12 +27,21 @@ def data(tmp_path):
     return write_images(tmp_path / "data", train=31, test=11)  # 93 and 33 images: shares differ by one
 
 
-def begin(folder, torchrun, name, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), str(ROOT / name), *map(str, flags)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def start_python(folder, *arguments, **variables):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    STARTED.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    STARTED.append(subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **pipes))
     return STARTED[-1]
+
+
+def begin(folder, torchrun, name, *flags):
+    return start_python(folder, "-m", "torch.distributed.run", *torchrun.split(), ROOT / name, *flags)
+
+
+def begin_without_torchrun(folder, rank, port, name, *flags):
+    """Start one of a script's two processes, with the variables that torchrun would set."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    return start_python(folder, ROOT / name, *flags, **ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 @pytest.fixture(autouse=True)
@@ -142,25 +151,27 @@ def test_batches_that_are_smaller_than_asked_for(monkeypatch):
         harness.training.TrainStep.check_batch_size(step, 17, 1)
 
 
-def test_processes_of_different_experiments_do_not_train_together(tmp_path, data):
-    for name, flags, other, words in (
-        (R1, ["--seed", "0"], ["--seed", "1"], "--seed 1, this one has 0;"),
+@pytest.mark.parametrize(
+    "name, flags, other, words",
+    [
+        (R1, ["--seed", 0], ["--seed", 1], "--seed 1, this one has 0;"),
         (R1, ["--precision", "fp32"], ["--precision", "bf16"], "--precision bf16, this one has fp32;"),
         (R1, [], ["--evaluate"], "--evaluate True, this one has False;"),
         (R4, [], ["--stem", "cifar"], "run cifar10_r4-cifar, this one has cifar10_r4;"),  # networks of other shapes
-    ):
-        nodes = two_nodes(tmp_path, flags, other, name=name)
-        errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
-        assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "checkpoints").exists()
-        assert f"process 1 was started with {words} start all with the same command\n" in errors, errors
+    ],
+)
+def test_processes_of_different_experiments_do_not_train_together(tmp_path, data, name, flags, other, words):
+    port = free_port()
+    processes = [begin_without_torchrun(tmp_path, rank, port, name, *own) for rank, own in enumerate((flags, other))]
+    errors = "".join(process.communicate(timeout=120)[1] for process in processes)
+    assert all(process.returncode != 0 for process in processes) and not (tmp_path / "checkpoints").exists()
+    assert f"process 1 was started with {words} start all with the same command\n" in errors, errors
 
 
 def test_a_process_that_waits_for_another_ends_at_once(tmp_path, data):
     """Otherwise torchrun waits 30 seconds, for example after a process without a GPU has ended."""
     port = free_port()
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = subprocess.Popen([sys.executable, ROOT / R1, "--data", data], cwd=tmp_path, env=os.environ | ranks)
-    STARTED.append(process)
+    process = begin_without_torchrun(tmp_path, 0, port, R1, "--data", data)
     connect_to(port, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == -signal.SIGTERM
@@ -205,12 +216,11 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, data):
     assert torch.load(last, weights_only=True)["epoch"] == 200
 
 
-def two_nodes(tmp_path, *flags, name=R1, restarts=0):
-    """Start a script with these flags on two nodes and return their processes. flags: two lists if the nodes differ."""
+def two_nodes(tmp_path, *flags, restarts=0):
+    """Start r1 with these flags on two nodes and return their processes."""
     port = free_port()
     torchrun = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
-    own_flags = flags if isinstance(flags[0], list) else [flags, flags]
-    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", name, *own) for own in own_flags]
+    return [begin(tmp_path, f"{torchrun} --max-restarts={restarts}", R1, *flags) for _ in range(2)]
 
 
 def test_two_nodes_go_on_after_one_lost_its_process(tmp_path, data):
