@@ -28,14 +28,14 @@ class WhitenedCNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
-        """Set the first layer's weights so that on these images 12 outputs have mean squares of 1, mean products of 0.
+        """Set the first layer so that on these images 12 outputs have mean squares of about 1 and mean products of 0.
 
         The weights are the scaled eigenvectors of the patches' second moments. The other 12 outputs are the negatives.
         images: normalised, of shape (N, 3, H, W).
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
         eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
+        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T  # 5e-4 keeps the weakest small
         self.whitening.weight.copy_(torch.cat([filters, -filters]).view_as(self.whitening.weight))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
