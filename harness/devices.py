@@ -1,6 +1,8 @@
 """Devices, precisions, the name of a machine, and the peak memory of a process."""
 
 import ctypes
+import mmap
+import os
 import platform
 import re
 import sys
@@ -55,16 +57,32 @@ def autocast(images: torch.Tensor) -> torch.autocast:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next allocation (mallopt(3)); do nothing elsewhere.
+    """Make glibc keep freed memory for the next allocation (mallopt(3)), on huge pages; do nothing elsewhere.
 
     By default glibc returns blocks of 32 MiB and more to the system. Each step's large activations then lie on fresh
     pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU (docs/speed.md).
     """
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt:
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):  # musl has none
         m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_mmap_max, 0)
+        lay_heap_on_huge_pages(libc)
+
+
+def lay_heap_on_huge_pages(libc: ctypes.CDLL) -> None:
+    """Enlarge the heap, without using more memory, and ask for pages of 2 MiB there (madvise(2)).
+
+    Many Linux systems give them only if asked. The processor finds few large pages faster than many of 4 KiB.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = min(8 << 30, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)  # r5's activations take 3 GiB
+    if block := libc.malloc(size):  # None under a limit such as ulimit -v
+        start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(start, block + size - start, mmap.MADV_HUGEPAGE)
+        libc.free(block)  # stays part of the heap, as glibc keeps what is freed
 
 
 def device_name(device: torch.device) -> str:
