@@ -62,8 +62,8 @@ def keep_freed_memory() -> None:
     By default glibc returns blocks of 32 MiB and more to the system. Each step's large activations then lie on fresh
     pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU (docs/speed.md).
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):  # musl has none
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_trim_threshold, -1)
         libc.mallopt(m_mmap_max, 0)
