@@ -1,4 +1,4 @@
-"""Devices, precisions, the name of a machine, and the peak memory of a process."""
+"""Devices, precisions, the name of a machine, and memory."""
 
 import ctypes
 import mmap

@@ -35,7 +35,7 @@ class WhitenedCNN(nn.Module):
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
         eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T  # 5e-4 keeps the weakest small
+        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T  # 5e-4 limits those of weak directions
         self.whitening.weight.copy_(torch.cat([filters, -filters]).view_as(self.whitening.weight))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

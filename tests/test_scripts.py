@@ -336,7 +336,10 @@ utils.run(main)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="made for glibc")
+made_for_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="made for glibc")
+
+
+@made_for_glibc
 def test_large_activations_find_their_memory_again():
     """Otherwise a step would spend half of its time in page faults, one for each 4 KiB."""
     done = subprocess.run([sys.executable, "-c", ALLOCATE], stdout=subprocess.PIPE, check=True)
@@ -360,6 +363,7 @@ utils.run(main)
 """
 
 
+@made_for_glibc
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
 def test_large_activations_ask_for_huge_pages():
     """Otherwise a step of r5 would take 1.5 times as long on some machines."""
