@@ -66,9 +66,8 @@ def dataloaders(
 
     With `args.holdout`, a tenth of the training images replaces the test images.
 
-    mean, std: of each channel, for pixel values from 0 to 1. augmentation: flip, crop, reflect, jitter, cutout,
-    windows and transform of Loader. Raises UserError if the dataset cannot be read, or the device does not support the
-    precision.
+    mean, std: of each channel, for pixel values from 0 to 1. augmentation: flip, crop, reflect, jitter, cutout and
+    transform of Loader. Raises UserError if the dataset cannot be read, or the device does not support the precision.
     """
     precision = choose_precision(args.precision, device)
     data = load_data(args.data)

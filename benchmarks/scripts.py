@@ -78,14 +78,13 @@ class FirstEpoch(Exception):
 
 
 def prepare(command: str, data: Data, device: torch.device, precision: str | None = None) -> Prepared:
-    """Run a script on these data up to its first epoch. Return what it would train and test with, on whole images.
+    """Run a script on these data up to its first epoch. Return what it would train and test with.
 
     precision: for --precision, or None for the script's own. This replaces functions of utils in this process.
     """
     handed_over, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def train(train_step, train_loader, epoch):
-        train_loader.windows = 0
         handed_over.extend([train_step, train_loader])
         return 0.0, 0.0
 

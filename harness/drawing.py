@@ -180,21 +180,20 @@ def seeds(accuracies: dict[str, list[float]], path: Path) -> None:
 
 
 @own_settings
-def costs(
-    logs: dict[str, list[dict[str, float]]], seconds: dict[str, list[float]], petaflop: dict[str, float], path: Path
-) -> None:
+def costs(logs: dict[str, list[dict[str, float]]], petaflop: dict[str, float], path: Path) -> None:
     """Draw the test accuracy in percent over the minutes and over the operations that a run has taken so far.
 
-    logs: the rows of each run's log, by the run's name. seconds: of each of its epochs. petaflop: all operations of the
-    run, in 10^15. An epoch's share of them is taken to be its share of the time.
+    Each epoch takes the median epoch's time, so that work beside the run does not count.
+    logs: the rows of each run's log, by the run's name. petaflop: all operations of a run, in 10^15, by its name.
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     ends = {axis: [] for axis in axes}
     for (name, rows), color in zip(logs.items(), cycle(COLORS), strict=False):
         accuracy = [row["test_accuracy"] for row in rows]
-        minutes = np.cumsum(seconds[name]) / 60
-        operations = petaflop[name] * minutes / minutes[-1]
+        epochs = np.arange(1, len(rows) + 1)
+        minutes = np.median([row["seconds"] for row in rows]) * epochs / 60
+        operations = petaflop[name] * epochs / len(rows)
         for axis, cost in zip(axes, (minutes, operations), strict=True):
             axis.plot(cost, accuracy, color=color, linewidth=1, alpha=0.4)
             axis.plot(cost[-1], accuracy[-1], "o", color=color, markersize=5)

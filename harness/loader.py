@@ -1,4 +1,4 @@
-"""Batches on the device: their order, flips, crops, normalisation, jitter, cutout and windows."""
+"""Batches on the device: their order, flips, crops, normalisation, jitter and cutout."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,6 @@ from harness.processes import RANK, WORLD_SIZE
 from harness.terminal import UserError
 
 SIDE = 32  # pixels
-WINDOW = 24  # pixels
 PIXEL = 3  # bytes: red, green and blue, side by side
 ROW = SIDE * PIXEL  # bytes
 GROUP = 4  # images that share a transform's draw, because each call of a transform has a fixed cost
@@ -33,9 +32,6 @@ class Loader:
     Convolutional Neural Networks with Cutout", 2017).
     transform: of torchvision.transforms.v2, after flip and crop. It draws from PyTorch's global generator, which
     `utils.train` seeds for each epoch and process.
-
-    windows: in so many epochs at first, cut a window of 24x24 pixels from each batch, at the same random place for all
-    its images. A network takes about half as long for these.
 
     All other draws of an epoch depend on the seed and the epoch alone. `set_epoch` sets the epoch.
 
@@ -59,7 +55,6 @@ class Loader:
         reflect: bool = False,
         jitter: float = 0,
         cutout: int = 0,
-        windows: int = 0,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         if crop is True:
@@ -73,7 +68,7 @@ class Loader:
         self.shift, self.scale = (255 * torch.tensor(v, device=device).repeat(SIDE * SIDE) for v in (mean, std))
         self.training, self.seed, self.epoch = training, seed, 0
         self.flip, self.crop, self.reflect, self.jitter = flip, crop, reflect, jitter
-        self.cutout, self.windows, self.transform = cutout, windows, transform
+        self.cutout, self.transform = cutout, transform
         # Batch sizes differ by at most one. No batch has one image, on which batch-norm may fail, unless all have. So
         # batches of 2 may have a third.
         n = len(labels)
@@ -100,10 +95,6 @@ class Loader:
         """Set the epoch, which decides the order and the augmentation of the images."""
         self.epoch = epoch
 
-    def side(self, epoch: int) -> int:
-        """Return the height and width in pixels of an epoch's images. Epoch 0 is before the first."""
-        return WINDOW if 0 < epoch <= self.windows else SIDE
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # Drawn on the CPU, so that every device gets the same draws.
         n, generator = len(self.labels), torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
@@ -115,8 +106,6 @@ class Loader:
         rows, columns = torch.randint(2 * self.crop + 1, (2, n), generator=generator)
         cut_rows, cut_columns = torch.randint(SIDE, (2, n), generator=generator)
         brightness, contrast = self.jitter * torch.rand(2, n, 1, generator=generator).mul(2).sub(1)
-        side = self.side(self.epoch)
-        tops, lefts = torch.randint(SIDE - side + 1, (2, len(self)), generator=generator).tolist()
         draws = (order, flips, rows, columns, cut_rows, cut_columns, brightness, contrast)
         on_cuda = self.device.type == "cuda"  # elsewhere non_blocking may read freed memory (pytorch issue 139550)
         draws = [draw[self.positions].to(self.device, non_blocking=on_cuda) for draw in draws]
@@ -126,9 +115,7 @@ class Loader:
             sizes = self.batch_sizes[first : first + batches_at_a_time]
             stop = start + sum(sizes)
             images, labels = self.prepare(*(draw[start:stop] for draw in draws))
-            batches = zip(images.split(sizes), labels.split(sizes), strict=True)
-            for (images, labels), top, left in zip(batches, tops[first:], lefts[first:], strict=False):
-                yield images[:, :, top : top + side, left : left + side], labels
+            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
             start = stop
 
     def prepare(

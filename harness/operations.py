@@ -6,29 +6,28 @@ import math
 import torch
 from torch import nn
 
+SIDE = 32  # pixels
 
-def petaflop(model: nn.Module, images: dict[int, int]) -> float | None:
-    """Return the operations of training, in 10^15, or None if they cannot be counted.
 
-    images: the number of images trained on, by their height and width in pixels.
-    """
+def petaflop(model: nn.Module, images: int) -> float | None:
+    """Return the operations of training on this many images, in 10^15, or None if they cannot be counted."""
     try:
-        return sum(number * count_operations(model, side) for side, number in images.items()) / 1e15
+        return images * count_operations(model) / 1e15
     except Exception as error:  # some networks do not run on "meta"; the figure is not worth a run's record
         print(f"operations not counted: {type(model).__name__} does not run on 'meta' ({type(error).__name__})")
         return None
 
 
-def count_operations(model: nn.Module, side: int = 32) -> int:
+def count_operations(model: nn.Module) -> int:
     """Return the floating-point operations of convolutions and matrix products in training on one image.
 
     A multiplication and an addition are two. They are counted on the "meta" device, which computes nothing, so that it
-    does not matter how a device computes a layer. side: the image's height and width in pixels.
+    does not matter how a device computes a layer.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it would slow down every start
 
     shadow = copy.deepcopy(model).to("meta").train()
-    images = torch.empty(2, 3, side, side, device="meta")  # batch-norm cannot train on one image
+    images = torch.empty(2, 3, SIDE, SIDE, device="meta")  # batch-norm cannot train on one image
     own = {torch.ops.aten.convolution_backward: convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         shadow(images).sum().backward()

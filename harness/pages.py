@@ -7,7 +7,7 @@ import torch
 
 from harness import drawing
 from harness.files import write_atomically
-from harness.results import RESULTS, Machines, by_class_table, read_records, results_table, usual_seconds
+from harness.results import RESULTS, Machines, by_class_table, read_records, results_table
 from harness.shipped import shipped_tables
 from harness.terminal import UserError
 
@@ -71,14 +71,13 @@ def draw_pictures(rows, records: dict[str, list[dict]], folder: Path) -> None:
     first = {name: seeds[0] for name, seeds in records.items()}
     # A row with -long differs from the usual row in --epochs only. It is drawn only in its absence.
     shown = [name for name in first if not name.endswith("-long") or name.removesuffix("-long") not in first]
-    logs, seconds, operations = {}, {}, {}
+    logs, operations = {}, {}
     for name in shown:
         parts = [first[part] for part in (rows[name].after, name) if part in first]
         logs[name] = [epoch for part in parts for epoch in part["epochs"]]
-        seconds[name] = [time for part in parts for time in usual_seconds(part)]
         operations[name] = sum(part["petaflop"] or math.nan for part in parts)
     drawing.curves({name: first[name]["epochs"] for name in shown}, folder / "curves.png")
-    drawing.costs(logs, seconds, operations, folder / "costs.png")
+    drawing.costs(logs, operations, folder / "costs.png")
     accuracies = {name: [record["accuracy"] for record in seeds] for name, seeds in records.items()}
     drawing.seeds(accuracies, folder / "seeds.png")
     best = max(first, key=lambda name: first[name]["accuracy"])  # the one with the fewest mistakes

@@ -18,7 +18,7 @@ from harness.terminal import UserError
 LEARNING_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "_last_lr"}
 IMPLEMENTATION = {"params", "fused", "foreach", "capturable", "differentiable"}
 DEFAULTS = {"EPOCHS", "BATCH_SIZE", "PRECISION"}  # not compared: the flags that replace them are
-AUGMENTATION = ("flip", "crop", "reflect", "jitter", "cutout", "windows", "transform")  # attributes of a Loader
+AUGMENTATION = ("flip", "crop", "reflect", "jitter", "cutout", "transform")  # attributes of a Loader
 LIBRARY = {"optimizer", "scheduler", "criterion"}  # their settings may come and go with PyTorch's versions
 
 

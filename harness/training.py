@@ -18,9 +18,8 @@ class TrainStep:
     dtype: the images' precision; float16 needs a gradient scaler. scheduler: stepped after each batch, if given. A
     scheduler that goes by epochs is stepped by the script instead.
 
-    On CUDA, the forward and the backward pass are captured as a CUDA graph, one for each size of the batches and of
-    their images, and replayed. The networks are so small that a CPU takes longer to launch their kernels one by one
-    than a GPU takes to run them.
+    On CUDA, the forward and the backward pass are captured as a CUDA graph, one for each batch size, and replayed. The
+    networks are so small that a CPU takes longer to launch their kernels one by one than a GPU takes to run them.
     DistributedDataParallel runs without graphs.
     """
 
@@ -45,7 +44,7 @@ class TrainStep:
             model.to(memory_format=torch.contiguous_format)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.forward = model
-        self.steps, self.graphs_of = 0, {}  # by the images' size
+        self.steps, self.graphs = 0, {}
         if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
             # A first step that the scaler skips would leave the fused optimizer's buffers uninitialised.
             for group in optimizer.param_groups:
@@ -64,7 +63,6 @@ class TrainStep:
             self.forward = DistributedDataParallel(self.model)
             self.forward.broadcast_buffers = False  # utils.train does, once an epoch. As an argument it warns
         self.steps += 1
-        self.graphs = self.graphs_of.setdefault(images.shape[2:], {})
         if images.is_cuda and self.steps > self.WARM_UP and WORLD_SIZE == 1:
             loss, logits = self.replay(images, labels)
         else:

@@ -82,8 +82,6 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/loader.py", "images.add_(brightness)", "images.add_(contrast)", "test_data.py", "jitter"),
     ("harness/loader.py", "mul_(1 + contrast)", "mul_(1 + 2 * contrast)", "test_data.py", "jitter"),
     ("harness/loader.py", "- centre[:, None] + half", "- centre[:, None]", "test_data.py", "cutout"),
-    ("harness/loader.py", "if 0 < epoch <= self", "if epoch <= self", "test_data.py", "windows"),
-    ("harness/loader.py", "tops[first:], lefts", "tops, lefts", "test_data.py", "windows"),
     ("harness/loader.py", "self.labels[order]", "self.labels[order.sort().values]", "test_data.py", "keeps"),
     ("harness/loader.py", "min(math.ceil(n / batch_size), n // 2)", "n // batch_size", "test_data.py", "differ"),
     ("harness/state.py", "RANK > 0 and states[name]", 'RANK > 0 and name == "model"', "test_torchrun.py", "alike"),
@@ -91,8 +89,6 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/loader.py", "images.narrow(dim, 1, padding)", "images.narrow(dim, 0, padding)", "test_data.py", "borders"),
     # training
     ("harness/training.py", "            self.scheduler.step()\n", "            pass\n", RECIPES, "stepped"),
-    ("harness/operations.py", "operations(model, side)", "operations(model)", "test_muon.py", "operations"),
-    ("harness/results.py", "(seconds[:windows], seconds[windows:])", "(seconds,)", "test_reproduce.py", "usual"),
     ("harness/operations.py", "weight[1:]", "weight", "test_muon.py", "operations"),
     ("harness/training.py", "        self.optimizer.zero_grad()\n", "", "test_scripts.py", "minute"),
     ("harness/training.py", "losses.isfinite().logical_not().nonzero()", "losses[:0]", "test_faults.py", "never_saved"),

@@ -44,10 +44,10 @@ def test_from_cuda_to_the_cpu_and_back(script, tmp_path, folders):
         assert out[out.index("Accuracy") : out.index("Best")] == evaluated[evaluated.index("Accuracy") :]
 
 
-def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2, windows=0):
+def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
     """Return a TrainStep that has run some epochs on the synthetic images, and its loader."""
     data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
-    common = {"mean": mean, "std": mean, "device": CUDA, "dtype": DTYPES[precision], "windows": windows}
+    common = {"mean": mean, "std": mean, "device": CUDA, "dtype": DTYPES[precision]}
     loader = Loader(data.train_images, data.train_labels, 128, training=True, flip=True, crop=4, cutout=8, **common)
     torch.manual_seed(0)
     model = model().to(CUDA)
@@ -87,32 +87,17 @@ def test_a_captured_step_is_the_step(monkeypatch, model, precision):
     assert memory[1] < 1.5 * memory[0]
 
 
-def test_each_size_of_images_has_its_graphs(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    weights = []
-    for warm_up in (10**9, utils.TrainStep.WARM_UP):
-        step, _ = trained(WhitenedCNN, "bf16", warm_up, windows=1)
-        sizes = {size: len(graphs) for size, graphs in step.graphs_of.items()}
-        captured = 0 if warm_up == 10**9 else 2  # batches of 126 and 127
-        assert sizes == {(24, 24): captured, (32, 32): captured}
-        weights.append(torch.cat([p.detach().flatten() for p in step.model.parameters()]))
-    assert torch.equal(*weights)
-
-
 def test_every_device_draws_alike():
     data, mean = load_data("synthetic"), (0.5, 0.5, 0.5)
     common = {"mean": mean, "std": mean, "dtype": torch.float32, "training": True}
-    common |= {"flip": "alternating", "crop": 4, "reflect": True, "jitter": 0.1, "cutout": 8, "windows": 1}
+    common |= {"flip": "alternating", "crop": 4, "reflect": True, "jitter": 0.1, "cutout": 8}
     ours, theirs = (
         Loader(data.train_images, data.train_labels, 128, device=device, **common)
         for device in (CUDA, torch.device("cpu"))
     )
-    for epoch in (1, 2):  # with windows and without
-        ours.set_epoch(epoch)
-        theirs.set_epoch(epoch)
-        for (images, labels), (expected_images, expected_labels) in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(images.cpu(), expected_images)
-            assert torch.equal(labels.cpu(), expected_labels)
+    for (images, labels), (expected_images, expected_labels) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(images.cpu(), expected_images)
+        assert torch.equal(labels.cpu(), expected_labels)
 
 
 def test_nothing_waits_for_the_gpu_inside_an_epoch(monkeypatch):

@@ -303,28 +303,6 @@ def test_jitter_adds_a_number_to_each_image_and_multiplies_it_by_another():
     assert abs(torch.corrcoef(torch.stack([contrast, brightness]))[0, 1]) < 0.1
 
 
-def test_the_first_epochs_show_windows_at_one_random_place_a_batch():
-    flags = {"batch_size": 20, "training": True, "flip": True, "crop": 4, "jitter": 0.1}
-    whole, windows = make_loader(600, **flags), make_loader(600, windows=2, **flags)
-    places = {}
-    for epoch in range(4):
-        whole.set_epoch(epoch)
-        windows.set_epoch(epoch)
-        pairs = list(zip(whole, windows, strict=True))
-        assert len(pairs) == 30 and windows.side(epoch) == (24 if epoch in (1, 2) else 32)
-        for (images, labels), (seen, seen_labels) in pairs:
-            side = seen.shape[2]
-            assert seen.shape == (20, 3, windows.side(epoch), side) and torch.equal(labels, seen_labels)
-            corners = images.unfold(2, side, 1).unfold(3, side, 1)  # (20, 3, tops, lefts, side, side)
-            equal = (corners == seen[:, :, None, None]).all(dim=(0, 1, 4, 5)).nonzero().tolist()
-            assert len(equal) == 1
-            places.setdefault(epoch, []).append(tuple(equal[0]))
-    assert set(places[0]) == set(places[3]) == {(0, 0)}
-    assert all(len(set(places[epoch])) > 15 for epoch in (1, 2)) and places[1] != places[2]
-    for axis in zip(*places[1], *places[2], strict=True):
-        assert set(axis) == {*range(9)} and axis[26:30] != axis[:4]  # 26 batches are prepared at a time
-
-
 def test_normalisation_is_torchvisions():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     loader = make_loader(mean=mean, std=std)

@@ -43,13 +43,6 @@ def test_operations():
     assert model.conv1.weight.device.type == "cpu"
 
 
-def test_operations_depend_on_the_images_side():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-    of_pixels, of_head = 2 * 2 * 3 * 8, 2 * 3 * 8 * 10  # no gradient of the images
-    expected = 5 * (32**2 * of_pixels + of_head) + 7 * (24**2 * of_pixels + of_head)
-    assert petaflop(model, {32: 5, 24: 7}) == expected / 1e15
-
-
 def test_operations_of_a_depthwise_convolution():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
     assert count_operations(model) == 2 * 32 * 32 * (2 * 3 * 8 + 3 * 8 * 9)  # no gradient of the images
@@ -60,5 +53,5 @@ def test_a_network_whose_operations_cannot_be_counted(capsys):
         def forward(self, x):
             return super().forward(x.flatten(1)) if x.sum() > 0 else x  # "meta" has no values
 
-    assert petaflop(Gate(3072, 10), {32: 50_000}) is None
+    assert petaflop(Gate(3072, 10), 50_000) is None
     assert capsys.readouterr().out.startswith("operations not counted: Gate does not run on 'meta' (")

@@ -174,13 +174,16 @@ def test_each_seed_is_a_dot(script, refused, tmp_path):
 def test_costs_add_up(monkeypatch):
     drawn = {}
     monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.update({path: figure}))
-    logs = {"r1": [{"test_accuracy": accuracy} for accuracy in (60, 61, 65)], "r2": [{"test_accuracy": 80}]}
-    drawing.costs(logs, {"r1": [30, 60, 60], "r2": [600]}, {"r1": 0.75, "r2": 2}, "costs")
+    logs = {
+        "r1": [{"test_accuracy": a, "seconds": s} for a, s in ((60, 60), (61, 60), (65, 240))],
+        "r2": [{"test_accuracy": 80, "seconds": 600}],
+    }
+    drawing.costs(logs, {"r1": 0.75, "r2": 2}, "costs")
     minutes, operations = drawn["costs"].axes
     curves = [
         [[*line.get_xdata()] for line in axis.lines if line.get_marker() != "o"] for axis in (minutes, operations)
     ]
-    assert curves == [[[0.5, 1.5, 2.5], [10]], [[0.15, 0.45, 0.75], [2]]]
+    assert curves == [[[1, 2, 3], [10]], [[0.25, 0.5, 0.75], [2]]]  # one epoch was disturbed
     for axis in (minutes, operations):
         assert [text.get_text() for text in axis.texts] == ["r1 65.0", "r2 80.0"]
 
@@ -188,8 +191,10 @@ def test_costs_add_up(monkeypatch):
 def test_no_label_of_the_costs_lies_on_another_or_on_a_dot(monkeypatch):
     drawn = {}
     monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.update({path: figure}))
-    logs = {name: [{"test_accuracy": accuracy}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))}
-    drawing.costs(logs, {name: [60] for name in logs}, dict.fromkeys(logs, 1), "costs")
+    logs = {
+        name: [{"test_accuracy": accuracy, "seconds": 60}] for name, accuracy in (("a", 90), ("b", 90.1), ("c", 91))
+    }
+    drawing.costs(logs, dict.fromkeys(logs, 1), "costs")
     for axis in drawn["costs"].axes:
         boxes = [text.get_window_extent() for text in axis.texts]
         dots = [axis.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in axis.lines]

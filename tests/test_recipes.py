@@ -33,8 +33,7 @@ EVERY = {
     "normalisation.mean": "MEAN", "normalisation.std": "STD", "test.mean": "MEAN", "test.std": "STD",
     "criterion.name": "CrossEntropyLoss", "criterion.label_smoothing": 0.0, "augmentation.cutout": 0,
     "augmentation.flip": True, "augmentation.crop": 4, "augmentation.reflect": False, "augmentation.jitter": 0,
-    "windows": 0, "augmentation.transform": None,
-    "test.flip": False, "test.crop": 0, "test.jitter": 0, "test.cutout": 0, "test.windows": 0,
+    "augmentation.transform": None, "test.flip": False, "test.crop": 0, "test.jitter": 0, "test.cutout": 0,
     "test.training": False, "training": True, "scheduler.name": None, "groups": 1, "test.transform": None,
 }  # fmt: skip
 # Linear up to the peak and down again. Each epoch or batch has the rate at its middle.
@@ -74,8 +73,8 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     R4: RESNET_TRIANGLE["imagenet"],
     f"{R4} --stem cifar": RESNET_TRIANGLE["cifar"] | ALTERNATING,
     f"{R4} --stem cifar-nopool": RESNET_TRIANGLE["cifar-nopool"] | ALTERNATING,
-    R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain", "windows": "WINDOWS.plain"},
-    f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.tta", "windows": "WINDOWS.tta"},
+    R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain"},
+    f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.tta"},
     MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | ALTERNATING | {
         "augmentation.cutout": "CUTOUT", "augmentation.jitter": "JITTER", "network.name": "MobileNetV2",
     },
@@ -100,19 +99,17 @@ def hand_over(path):
         train, test = loaders
         assert train is checkpoints.loader
         recipe = checkpoints.recipe | {"training": train.training, "precision": name_precision(train.dtype)}
-        names = ("mean", "std", "flip", "crop", "jitter", "cutout", "windows", "training")
-        recipe["test"] = {name: getattr(test, name) for name in names}
+        recipe["test"] = {
+            name: getattr(test, name) for name in ("mean", "std", "flip", "crop", "jitter", "cutout", "training")
+        }
         recipe["test"]["transform"] = test.transform
         recipe |= {"groups": len(checkpoints.state.optimizer.param_groups), "images": len(train.labels)}
-        recipe["windows"] = train.windows
         recipe |= {
             "loader_seed": train.seed,
             "weights_from_seed": are_drawn_from(recipe["seed"], checkpoints.state.model),
         }
         recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
         if isinstance(checkpoints.state.model, WhitenedCNN):
-            share = recipe["constants"]["WINDOWS"]["tta" if recipe["flags"]["tta"] else "plain"]
-            recipe["windows"] = share if train.windows == int(share * recipe["epochs"]) else train.windows
             recipe["whitened"] = torch.allclose(*checkpoints.state.model.whitening.weight.abs().split(12))
             small = checkpoints.state.optimizer.param_groups[1:]
             at_default = recipe["constants"]["LR"] / recipe["lr"]  # from the given rate to the script's own

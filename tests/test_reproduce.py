@@ -22,15 +22,7 @@ from harness import drawing, pages
 from harness.files import sha256_of
 from harness.jobs import Task, run_side_by_side, share
 from harness.records import read_log
-from harness.results import (
-    RESULTS,
-    accuracy_table,
-    read_records,
-    results_table,
-    summary,
-    training_seconds,
-    usual_seconds,
-)
+from harness.results import RESULTS, accuracy_table, read_records, results_table, summary
 from harness.statistics import difference, interval, t_quantile
 from harness.terminal import UserError
 
@@ -303,19 +295,11 @@ def test_each_of_several_runs_has_its_share_of_the_machine(monkeypatch):
     assert [each["CUDA_VISIBLE_DEVICES"] for each in shares(2)] == ["5", "7"]
 
 
-def test_the_usual_time_of_an_epoch_depends_on_the_size_of_its_images():
-    rows = [{"seconds": seconds} for seconds in (20, 24, 40, 900, 44)]  # one epoch was disturbed
-    windows = {"recipe": {"augmentation": {"windows": 2}}, "epochs": rows}
-    assert usual_seconds(windows) == [22, 22, 44, 44, 44] and training_seconds(windows) == 176
-    assert usual_seconds({"recipe": {"augmentation": {"windows": 9}}, "epochs": rows}) == [40] * 5
-    assert usual_seconds({"recipe": {"augmentation": {}}, "epochs": rows}) == [40] * 5
-
-
 def test_the_time_left(monkeypatch, tmp_path):
     """The other rows' times are those of the records, at this machine's pace."""
     done = {"r1": [60.0, 90.0, 60.0], "r2": []}  # seconds of the epochs so far
     monkeypatch.setattr(reproduce.Job, "epoch_seconds", lambda job: done.get(job.name, []))
-    record = {"recipe": {}, "epochs": [{"seconds": 30.0}] * 10}  # half as long as here
+    record = {"epochs": [{"seconds": 30.0}] * 10}  # half as long as here
     monkeypatch.setattr(reproduce, "read_records", lambda folder: {"cpu": {"r1": [record], "r2": [record]}})
     jobs = [reproduce.Job(name, 0, tmp_path, tmp_path / name) for name in ("r1", "r2", "r4")]
     assert reproduce.time_left(jobs[0], 5, []) == "5.0 min left"
@@ -325,8 +309,7 @@ def test_the_time_left(monkeypatch, tmp_path):
     assert reproduce.time_left(jobs[0], 5, jobs[1:2], at_once=2) == "5.0 min left, 5.5 min with the other rows"
     assert reproduce.time_left(jobs[0], 5, jobs[2:]).endswith(" with the other rows except r4")
     done["r2"] = []
-    mine = {"recipe": {}, "epochs": [{"seconds": 60.0}] * 10}
-    machines = {"cpu": {"r1": [record], "r2": [record]}, "mine": {"r1": [mine]}}
+    machines = {"cpu": {"r1": [record], "r2": [record]}, "mine": {"r1": [{"epochs": [{"seconds": 60.0}] * 10}]}}
     monkeypatch.setattr(reproduce, "read_records", lambda folder: machines)  # r2's time is known from "cpu" alone
     assert reproduce.time_left(jobs[0], 5, jobs[1:2]) == "5.0 min left, 15.0 min with the other rows"
 
@@ -535,11 +518,10 @@ def test_the_pictures_are_of_the_records(monkeypatch):
         monkeypatch.setattr(drawing, name, lambda *arguments, name=name: drawn.setdefault(name, arguments))
     pages.write_pages(reproduce.ROWS)
     rows = read_records()["cpu"]
-    logs, seconds, operations, path = drawn["costs"]
+    logs, operations, path = drawn["costs"]
     assert path == RESULTS / "cpu/costs.png" and "r4-long" not in logs
     parts = [rows["r2-crop"][0], rows["r3"][0]]  # r3 continues r2 --crop
     assert logs["r3"] == parts[0]["epochs"] + parts[1]["epochs"]
-    assert seconds["r3"] == usual_seconds(parts[0]) + usual_seconds(parts[1])
     assert operations["r3"] == sum(part["petaflop"] for part in parts)
     assert logs["r4"] == rows["r4"][0]["epochs"] == drawn["curves"][0]["r4"]
     assert drawn["seeds"][0] == {name: [record["accuracy"] for record in records] for name, records in rows.items()}
