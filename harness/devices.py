@@ -60,7 +60,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next allocation (mallopt(3)), on huge pages; do nothing elsewhere.
 
     By default glibc returns blocks of 32 MiB and more to the system. Each step's large activations then lie on fresh
-    pages, which the system clears 4 KiB at a time: half of MobileNetV2's time on a CPU (docs/speed.md).
+    pages, which the system clears 4 KiB at a time: a third to half of MobileNetV2's time on a CPU (docs/speed.md).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # musl has none

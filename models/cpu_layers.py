@@ -18,10 +18,10 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution without bias, by default with padding. On maps of up to 2x2 pixels it is one linear layer.
 
     The last maps of a ResNet on 32x32 images are this small. There most of a kernel sees only padding, which the CPU's
-    convolution multiplies all the same. The linear layer makes a training step of ResNet-18 in bf16 1.4 to 1.6 times
-    as fast with the imagenet stem, and 1.1 times with the cifar stem (two cores of an AMD EPYC, docs/speed.md).
-
-    On larger maps, up to 8x8 pixels, the gradient of the weights is computed on several images side by side in bf16.
+    convolution multiplies all the same. On larger maps, up to 8x8 pixels, the gradient of the weights is computed on
+    several images side by side in bf16. Together they make a training step of ResNet-18 in bf16 2.0 to 2.8 times as
+    fast with the imagenet stem, and 1.2 to 1.8 times with the cifar stems (two cores of an Intel Xeon with AMX,
+    docs/speed.md).
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class SideBySide(torch.autograd.Function):
 
     oneDNN adds each image's gradient to the sum in memory. On small maps this takes longer than the multiplications.
     With 10 images in a row the sum is touched a tenth as often. On two cores of an Intel Xeon with AMX, a step of
-    ResNet-18 in bf16 became 1.2 to 1.3 times as fast (commit cfbd7d7). On two cores of an AMD EPYC without AMX, r5's
-    is 1.08 times as fast, and ResNet-18's is not faster (docs/speed.md).
+    ResNet-18 in bf16 is up to 1.2 times as fast, and r5's 1.1 times (docs/speed.md). On two cores of an AMD EPYC
+    without AMX, r5's is 1.08 times as fast, and ResNet-18's is not faster (commit 7be169f).
     """
 
     SIDE = 8  # pixels; larger maps have more multiplications for each image's sum
@@ -98,8 +98,8 @@ def in_rows(images: torch.Tensor, columns: int) -> torch.Tensor:
 class StridedDepthwise(nn.Conv2d):
     """A 3x3 depthwise convolution of stride 2, without bias. On a CPU it keeps the weights' precision under autocast.
 
-    PyTorch is slow at these in bf16. Computing MobileNetV2's three in float32 makes a training step 1.6 times as fast
-    (two cores of an AMD EPYC, docs/speed.md).
+    PyTorch is slow at these in bf16. Computing MobileNetV2's three in float32 makes a training step 1.4 times as fast
+    (two cores of an Intel Xeon with AMX, docs/speed.md).
     """
 
     def __init__(self, channels: int, device=None):
