@@ -25,21 +25,29 @@ class Conv3x3(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int | tuple[int, int] = 1, padding: int = 1, device=None
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 1,
+        device=None,
     ):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=padding, bias=False, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        side = max(x.shape[2:])
-        if not has_own_way(x):
-            return super().forward(x)
-        if side <= 2 and self.padding == (1, 1):
-            return self.as_linear(x)
-        if side <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
-            return SideBySide.apply(x, self.weight.to(x.dtype), self.stride, self.padding[0])
-        return super().forward(x)
+        side, weight = max(x.shape[2:]), self.kernels()
+        if has_own_way(x):
+            if side <= 2 and self.padding == (1, 1):
+                return self.as_linear(x, weight)
+            if side <= SideBySide.SIDE and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+                return SideBySide.apply(x, weight.to(x.dtype), self.stride, self.padding)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
-    def as_linear(self, x: torch.Tensor) -> torch.Tensor:
+    def kernels(self) -> torch.Tensor:
+        """Return the weights of all output channels."""
+        return self.weight
+
+    def as_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the convolution's output, computed as one linear layer from all pixels to all pixels."""
         n, channels, *size = x.shape
         # For each pair of an output and an input pixel, the row and the column of the kernel that connect them.
@@ -48,7 +56,7 @@ class Conv3x3(nn.Conv2d):
             for side, stride in zip(size, self.stride, strict=True)
         )
         taps = 3 * rows[:, None, :, None] + columns[None, :, None, :]  # (output rows, columns, input rows, columns)
-        weight = self.weight.to(x.dtype).permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())
+        weight = weight.to(x.dtype).permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())
         out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, taps[0, 0].numel() * channels))
         return out.view(n, -1, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
 
@@ -66,7 +74,9 @@ class SideBySide(torch.autograd.Function):
     IMAGES = 10
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: int) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, weight, stride=stride, padding=padding)
@@ -77,9 +87,9 @@ class SideBySide(torch.autograd.Function):
         of_x = conv2d_input(x.shape, weight, gradient, stride, padding) if ctx.needs_input_grad[0] else None
         # A column of zeros separates neighbouring gradients, two without padding. So gradient i begins at column
         # i * (width + zeros). Its image begins at stride times that column. Zeros that no image reaches are cut off.
-        zeros = 2 - padding
+        zeros = 2 - padding[1]
         x = in_rows(x, stride[1] * (gradient.shape[3] + zeros) - x.shape[3])
-        gradient = in_rows(gradient, zeros)[:, :, :, : (x.shape[3] + 2 * padding - 3) // stride[1] + 1]
+        gradient = in_rows(gradient, zeros)[:, :, :, : (x.shape[3] + 2 * padding[1] - 3) // stride[1] + 1]
         return of_x, conv2d_weight(x, weight.shape, gradient, stride, padding), None, None
 
 

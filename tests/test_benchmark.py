@@ -62,7 +62,7 @@ def test_a_script_is_measured_as_it_trains(monkeypatch):
         monkeypatch.setattr(utils, name, getattr(utils, name))  # put back what `prepare` replaces
     monkeypatch.setattr(sys, "argv", sys.argv)
     data = load_data("synthetic")
-    script = prepare(f"{R5} --batch-size 500", data, torch.device("cpu"), "fp32")
+    script = prepare(f"{R5} --tta --batch-size 500", data, torch.device("cpu"), "fp32")
     loader, optimizer = script.train_loader, script.train_step.optimizer
     assert len(loader.labels) == len(data.train_labels) and set(loader.batch_sizes) == {500}
     assert (loader.training, loader.flip, loader.crop, loader.reflect) == (True, "alternating", 2, True)

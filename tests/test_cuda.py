@@ -22,7 +22,9 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [R5], [MOBILENET]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[R1], [R2, "--crop"], [R4, "--stem", "cifar"], [R5], [R5, "--tta"], [MOBILENET]], ids=str
+)
 def test_every_script_trains_in_every_precision(script, folders, command, precision):
     name, *flags = [*command, "--data", folders, "--batch-size", 8, "--lr", 1e-3, "--precision", precision]
     out = script(name, *flags, "--epochs", 2).stdout
@@ -66,7 +68,13 @@ def trained(model, precision, warm_up=utils.TrainStep.WARM_UP, epochs=2):
 
 @pytest.mark.parametrize(
     "model, precision",
-    [(ResNet18, "bf16"), (ResNet18, "fp32"), (MobileNetV2, "fp16"), (WhitenedCNN, "bf16")],
+    [
+        (ResNet18, "bf16"),
+        (ResNet18, "fp32"),
+        (MobileNetV2, "fp16"),
+        (WhitenedCNN, "bf16"),
+        (functools.partial(WhitenedCNN, mirrored=True), "bf16"),
+    ],
 )
 def test_a_captured_step_is_the_step(monkeypatch, model, precision):
     """The weights are the same to the last bit, in little more memory.

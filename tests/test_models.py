@@ -1,5 +1,7 @@
 """The networks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -50,7 +52,7 @@ def test_resnet18_is_torchvisions():
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [ResNet18, WhitenedCNN])
+@pytest.mark.parametrize("network", [ResNet18, WhitenedCNN, partial(WhitenedCNN, mirrored=True)])
 def test_a_network_can_be_compiled(network):
     """In bf16, where layers have gradients of their own, torch.compile traces the network as one graph."""
     model, images = network(num_classes=3), torch.randn(4, 3, 32, 32).bfloat16()
@@ -83,7 +85,7 @@ def test_conv3x3_is_torchs(side, stride):
 
 @pytest.mark.parametrize("size", [(3, 3), (8, 5), (4, 7), (9, 9)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("padding", [0, 1, (0, 1)])
 @pytest.mark.parametrize("count", [1, 10, 13])
 def test_conv3x3_in_bf16_is_torchs(size, stride, padding, count):
     """Output and gradients agree, for whole numbers, whose sums are the same in whatever order they are added."""
@@ -139,17 +141,43 @@ def test_stems(stem, size):
         assert count(model) == count(ResNet18(num_classes=4)) - 64 * 3 * 40  # 3x3 for 7x7
 
 
-def test_whitened_cnn():
-    model = WhitenedCNN(num_classes=7)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_whitened_cnn(mirrored):
+    model = WhitenedCNN(num_classes=7, mirrored=mirrored)
     kernels, biases = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256), 2 * (64 + 256 + 256)
-    assert count(model) == 24 * 12 + kernels + 2 * biases + 7 * 256  # batch-norms have weights, which are not learnt
+    of_pairs = (2 * biases + 7 * 256) // (2 if mirrored else 1)  # batch-norms have weights, which are not learnt
+    assert count(model) == 24 * 12 + kernels + of_pairs
     images = torch.randn(200, 3, 32, 32) + 3 * torch.randn(200, 3, 1, 1)  # neighbouring pixels alike, as in photos
     assert model(images).shape == (200, 7) and model(images[:, :, :16, :16]).shape == (200, 7)
     model.whiten(images)
-    outputs = model.whitening(images)[:, :12].permute(1, 0, 2, 3).flatten(1)
+    filters = model.whitening.weight.split(6 if mirrored else 12)
+    torch.testing.assert_close(torch.cat(filters[1::2]), -torch.cat(filters[::2]))
+    if mirrored:  # the first ones are their own mirror images
+        torch.testing.assert_close(filters[0].flip(3), filters[0])
+        torch.testing.assert_close(filters[2].flip(3), -filters[2])
+        images = torch.cat([images, images.flip(3)])
+    outputs = torch.nn.functional.conv2d(images, torch.cat(filters[::2])).permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.01, rtol=0)
-    torch.testing.assert_close(model.whitening(images)[:, 12:], -model.whitening(images)[:, :12])
     assert not model.whitening.weight.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mirror_images_have_the_same_logits(training):
+    """If the network is mirrored, in training too, whatever its weights are."""
+    model, images = WhitenedCNN(mirrored=True), torch.randn(8, 3, 32, 32)
+    model.whiten(images)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if not name.startswith("whitening"):
+                values += values.std() * torch.randn_like(values)
+        for norm in (norm for block in model.blocks for norm in (block.norm1, block.norm2)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    model.train(training)
+    with torch.no_grad():
+        logits, mirrored, others = model(images), model(images.flip(3)), model(images.flip(2))
+    torch.testing.assert_close(mirrored, logits, rtol=1e-3, atol=1e-4 * logits.std().item())
+    assert (others - logits).abs().mean() > 100 * (mirrored - logits).abs().mean()
 
 
 def test_a_block_begins_as_the_identity():
@@ -159,19 +187,29 @@ def test_a_block_begins_as_the_identity():
             images = torch.randn(2, conv.in_channels, 8, 8)
             padded = torch.nn.functional.pad(images, [1 - conv.padding[0]] * 4)
             torch.testing.assert_close(conv(padded)[:, : conv.in_channels], images)
+    for block in WhitenedCNN(mirrored=True).blocks:  # in each half, for its half of the inputs
+        for conv in (block.conv1, block.conv2):
+            images = torch.randn(2, conv.in_channels, 8, 8)
+            rows, columns = conv.padding
+            padded = torch.nn.functional.pad(images, (1 - columns, 1 - columns, 1 - rows, 1 - rows))
+            symmetric, first, second = images.split(conv.parts, dim=1)
+            for half, outputs in zip((first, second), conv(padded).chunk(2, dim=1), strict=True):
+                expected = torch.cat([symmetric, half], dim=1)
+                torch.testing.assert_close(outputs[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 9), (9, 9), (8, 8)])
-def test_a_block_computes_only_what_its_pool_uses(size):
+@pytest.mark.parametrize("mirrored, pool", [(False, (2, 2)), (True, (2, 3))])
+def test_a_block_computes_only_what_its_pool_uses(mirrored, pool, size):
     """The output is that of whole maps."""
-    block, images = WhitenedCNN().blocks[0].eval(), torch.randn(2, 24, *size)
+    block, images = WhitenedCNN(mirrored=mirrored).blocks[0].eval(), torch.randn(2, 24, *size)
     seen = []
     block.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2:]))
-    x = torch.nn.functional.conv2d(images, block.conv1.weight, padding=1)
-    x = torch.nn.functional.silu(block.norm1(torch.nn.functional.max_pool2d(x, 2)))
+    x = torch.nn.functional.conv2d(images, block.conv1.kernels(), padding=1)
+    x = torch.nn.functional.silu(block.norm1(torch.nn.functional.max_pool2d(x, pool, 2)))
     expected = torch.nn.functional.silu(block.norm2(block.conv2(x)))
     torch.testing.assert_close(block(images), expected)
-    assert seen == [(8, 8)]
+    assert seen == [(8, size[1] if mirrored else 8)]
 
 
 def test_six_views():

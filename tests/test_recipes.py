@@ -46,13 +46,20 @@ OWN = {f"constants.{name.upper()}": values for name, values in IMAGENET.items()}
 RESNET = {"network.name": "ResNet18"}
 MUON = {
     "optimizer.name": "Muon", "groups": 3, "network.name": "WhitenedCNN", "whitened": True,
-    "augmentation.flip": "alternating", "augmentation.crop": "CROP", "augmentation.reflect": True,
-    "augmentation.jitter": "JITTER", "scheduler.every": "batch",
+    "augmentation.reflect": True, "augmentation.jitter": "JITTER", "scheduler.every": "batch",
     "optimizer.group0.parameters": 6, "optimizer.group1.parameters": 6, "optimizer.group2.parameters": 1,
-    "optimizer.group0.lr_multiple": 1.0, "optimizer.group1.lr_multiple": "BIAS_RATE",
-    "optimizer.group2.lr_multiple": "HEAD_RATE", "optimizer.group0.momentum": "MOMENTUM",
+    "optimizer.group0.lr_multiple": 1.0, "optimizer.group0.momentum": "MOMENTUM",
+    "bias_rate": "BIAS_RATE", "head_rate": "HEAD_RATE",
     "optimizer.group1.momentum": "SGD_MOMENTUM", "optimizer.group2.momentum": "SGD_MOMENTUM",
     "optimizer.group0.weight_decay": 0, "decay": "DECAY",
+}  # fmt: skip
+MIRRORED = MUON | {
+    "augmentation.flip": "FLIP.plain", "augmentation.crop": "CROP.plain", "augmentation.cutout": "CUTOUT.plain",
+    "network.arguments.mirrored": True, "epochs": "EPOCHS.plain",
+}  # fmt: skip
+VIEWS = MUON | {
+    "augmentation.flip": "FLIP.tta", "augmentation.crop": "CROP.tta", "augmentation.cutout": "CUTOUT.tta",
+    "network.arguments.mirrored": False, "epochs": "EPOCHS.tta",
 }  # fmt: skip
 RESNET_TRIANGLE = {  # by stem
     stem: EVERY | SGD | OWN | RESNET | TRIANGLE | {
@@ -73,8 +80,8 @@ HANDED_OVER = {  # by command line: a value of the recipe, or the constant that 
     R4: RESNET_TRIANGLE["imagenet"],
     f"{R4} --stem cifar": RESNET_TRIANGLE["cifar"] | ALTERNATING,
     f"{R4} --stem cifar-nopool": RESNET_TRIANGLE["cifar-nopool"] | ALTERNATING,
-    R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.plain"},
-    f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MUON | {"epochs": "EPOCHS.tta"},
+    R5: NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | MIRRORED,
+    f"{R5} --tta": NO_MULTIPLE | OWN | TRIANGLE | SMOOTH | VIEWS,
     MOBILENET: EVERY | SGD | OWN | TRIANGLE | SMOOTH | ALTERNATING | {
         "augmentation.cutout": "CUTOUT", "augmentation.jitter": "JITTER", "network.name": "MobileNetV2",
     },
@@ -110,8 +117,11 @@ def hand_over(path):
         }
         recipe["base"] = checkpoints.base_run and [checkpoints.base_run, checkpoints.base_command]
         if isinstance(checkpoints.state.model, WhitenedCNN):
-            recipe["whitened"] = torch.allclose(*checkpoints.state.model.whitening.weight.abs().split(12))
+            recipe["whitened"] = has_negatives(checkpoints.state.model.whitening.weight)
             small = checkpoints.state.optimizer.param_groups[1:]
+            channels = 256 // checkpoints.state.model.head.in_features  # whose gradients add up
+            rates = [channels * group["initial_lr"] / recipe["lr"] for group in small]
+            recipe["bias_rate"], recipe["head_rate"] = (round(rate, 6) for rate in rates)
             at_default = recipe["constants"]["LR"] / recipe["lr"]  # from the given rate to the script's own
             decays = [group["weight_decay"] * group["initial_lr"] * at_default for group in small]
             recipe["decay"] = round(decays[0], 9) if decays[0] == pytest.approx(decays[1]) else decays
@@ -132,6 +142,11 @@ def hand_over(path):
         raise SystemExit(0)
 
     Checkpoints.epochs_left = epochs_left
+
+
+def has_negatives(filters):
+    """Return whether the negative of each filter is among them."""
+    return bool((torch.cdist(filters.flatten(1), -filters.flatten(1)).amin(1) < 1e-6).all())
 
 
 def are_drawn_from(seed, model):
