@@ -34,6 +34,7 @@ from typing import NamedTuple
 import utils
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -63,7 +64,7 @@ def compile_network(script: Prepared) -> None:
 
 
 def use_plain_convolutions(script: Prepared) -> None:
-    Conv3x3.forward = nn.Conv2d.forward
+    Conv3x3.forward = lambda self, x: F.conv2d(x, self.kernels(), stride=self.stride, padding=self.padding)
 
 
 def take_images_one_by_one(script: Prepared) -> None:

@@ -13,6 +13,7 @@ from benchmarks.scripts import IMAGES, prepare
 from benchmarks.throughput import ALTERNATIVES, GIVE_BACK
 from harness.data import load_data
 from models import WhitenedCNN
+from models.cpu_layers import Conv3x3
 
 pytestmark = pytest.mark.long
 
@@ -55,6 +56,17 @@ def test_alternatives_are_compared_with_the_limit():
 @pytest.mark.parametrize("name, alternative", ALTERNATIVES.items())
 def test_an_alternative_is_of_a_script(name, alternative):
     assert all(any(word in command for command in IMAGES) for word in alternative.words)
+
+
+def test_plain_convolutions_compute_the_same(monkeypatch):
+    monkeypatch.setattr(Conv3x3, "forward", Conv3x3.forward)  # put back what the alternative replaces
+    model = WhitenedCNN(mirrored=True).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # the halves of the kernels are each other's mirror images no more
+    images = torch.randn(2, 3, 32, 32)
+    logits = model(images)
+    ALTERNATIVES["plain 3x3 convolutions"].change(None)
+    torch.testing.assert_close(model(images), logits)
 
 
 def test_a_script_is_measured_as_it_trains(monkeypatch):
