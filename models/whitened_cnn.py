@@ -46,13 +46,17 @@ class WhitenedCNN(nn.Module):
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
         moments = (patches.T @ patches / len(patches)).double()
         if self.mirrored:
-            moments += moments.view(3, 2, 2, 3, 2, 2).flip(2, 5).view(12, 12)
-            moments /= 2
-        eigenvalues, eigenvectors = torch.linalg.eigh(moments)
+            mirror = torch.eye(12, dtype=torch.double).view(3, 2, 2, 3, 2, 2).flip(5).reshape(12, 12)
+            moments = (moments + mirror @ moments @ mirror) / 2
+            # Grey images give equal eigenvalues. There 1e-6 tells symmetric eigenvectors from antisymmetric ones.
+            eigenvalues, eigenvectors = torch.linalg.eigh(moments + 1e-6 * mirror)
+            signs = (eigenvectors * (mirror @ eigenvectors)).sum(0).round()
+            eigenvalues -= 1e-6 * signs
+        else:
+            eigenvalues, eigenvectors = torch.linalg.eigh(moments)
         scaled = eigenvectors / (eigenvalues + 5e-4).sqrt()  # 5e-4 limits those of weak directions
         filters = scaled.T.reshape(12, 3, 2, 2)
-        symmetric = (filters * filters.flip(3)).sum((1, 2, 3)) > 0
-        groups = [filters[symmetric], filters[~symmetric]] if self.mirrored else [filters]
+        groups = [filters[signs > 0], filters[signs < 0]] if self.mirrored else [filters]
         self.whitening.weight.copy_(torch.cat([sign * group for group in groups for sign in (1, -1)]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -126,7 +130,7 @@ class MirroredConv3x3(Conv3x3):
         return (self.weight + self.mirrored()) / 2
 
     def mirrored(self) -> torch.Tensor:
-        """Return the weights that do the same to mirror images."""
+        """Return the weights whose output for a mirrored input is this layer's, mirrored, with both halves swapped."""
         symmetric, first, second = self.weight.split(self.parts, dim=1)
         return torch.cat([symmetric, second, first], 1).roll(self.out_channels // 2, 0).flip(3)
 

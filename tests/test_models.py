@@ -162,9 +162,10 @@ def test_whitened_cnn(mirrored):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mirror_images_have_the_same_logits(training):
-    """If the network is mirrored, in training too, whatever its weights are."""
-    model, images = WhitenedCNN(mirrored=True), torch.randn(8, 3, 32, 32)
+@pytest.mark.parametrize("colours", [1, 3])
+def test_mirror_images_have_the_same_logits(training, colours):
+    """If the network is mirrored, in training too, whatever its weights are, and even if the images are grey."""
+    model, images = WhitenedCNN(mirrored=True), torch.randn(8, colours, 32, 32).expand(-1, 3, -1, -1)
     model.whiten(images)
     with torch.no_grad():
         for name, values in model.named_parameters():
