@@ -1,7 +1,7 @@
 """Train r5: airbench's small network with Muon, to 94 % in minutes on a CPU.
 
 python cifar10_r5.py
-python cifar10_r5.py --tta        # fewer epochs, and six views of each test image, as in the speed records
+python cifar10_r5.py --tta        # fewer epochs, ordinary kernels, and six views of each test image, as in airbench
 python cifar10_r5.py --resume     # resume after an interruption
 python cifar10_r5.py --evaluate   # only test
 
@@ -17,8 +17,8 @@ from torch import nn
 from models import SixViews, WhitenedCNN
 
 EPOCHS = {"plain": 30, "tta": 9}  # fewer ended just below 94 % of the test images: 20 and 8
-# From here to JITTER mostly from an early version of hiverge/cifar10-speedrun (commit 9125648), a faster airbench. With
-# SiLU, which saves 4 % of the time, these constants gained less than three held-out seeds can show (docs/tuning.md).
+# From here to LABEL_SMOOTHING mostly from an early version of hiverge/cifar10-speedrun (commit 9125648), a faster
+# airbench. With SiLU, which saves 4 % of the time, their gain is too small for three held-out seeds (docs/tuning.md).
 BATCH_SIZE = 1536
 LR = 0.2  # of the convolutions; Muon makes their steps equally large in every direction
 MOMENTUM = 0.65
@@ -32,14 +32,14 @@ LABEL_SMOOTHING = 0.1  # with six views, 0.2 was 0.6 better than none (one held-
 FLIP = {"plain": False, "tta": "alternating"}
 CROP = {"plain": 4, "tta": 2}  # pixels
 CUTOUT = {"plain": 16, "tta": 0}  # pixels
-JITTER = 0.14  # of brightness and contrast; three held-out pairs gained 0.2 without views, 0.1 with six
+JITTER = 0.14  # of brightness and contrast, as hiverge's; three held-out pairs gained 0.2 without views, 0.1 with six
 MEAN = (0.4914, 0.4822, 0.4465)  # of the training images' channels, computed by mean_and_std.py
 STD = (0.2023, 0.1994, 0.2010)  # the mean of the images' own stds, as in much CIFAR-10 code
 
 
 def main():
     parser = utils.ArgumentParser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR)
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation: six views of each test image")
+    parser.add_argument("--tta", action="store_true", help="ordinary kernels, and six views of each test image")
     args = parser.parse_args()
     experiment = "tta" if args.tta else "plain"
     args.epochs = args.epochs or EPOCHS[experiment]
@@ -55,7 +55,7 @@ def main():
     criterion = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
     convolutions = [p for p in model.blocks.parameters() if p.dim() == 4]
     biases = [p for p in model.blocks.parameters() if p.dim() == 1 and p.requires_grad]
-    channels = 2 if model.mirrored else 1  # that one bias, or one weight of the head, serves: their gradients add up
+    channels = 2 if model.mirrored else 1  # that use one bias, or one weight of the head: their gradients add up
     bias_rate, head_rate = BIAS_RATE / channels, HEAD_RATE / channels
     sgd = {"momentum": SGD_MOMENTUM}
     groups = [
