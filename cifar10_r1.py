@@ -15,7 +15,7 @@ from torch import nn
 from models import TutorialCNN
 
 EPOCHS = 26
-BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes 3 to 5 times as long (docs/speed.md)
+BATCH_SIZE = 64  # with the tutorial's 4, an epoch takes 5 times as long (docs/speed.md)
 LR = 0.008  # constant. The tutorial's 0.001 is for its small batch
 MOMENTUM = 0.9  # the tutorial's, but in Nesterov's form
 WEIGHT_DECAY = 1e-3  # the tutorial has none

@@ -9,8 +9,8 @@ docs/speed.md. Network, batch size, optimizer, precision and augmentation are th
 Every figure is the median over rounds in which the candidates take turns, as the machine's speed may change:
 
 baseline      a torchvision dataset of PIL images, torchvision's transforms and a DataLoader with a worker per core;
-              float32, contiguous memory, no fused optimizer, a plain loop with `.item()` at each step, no
-              cutout, no jitter, test batches of 100
+              float32, contiguous memory, no fused optimizer, glibc's usual memory, a plain loop with `.item()` at
+              each step, no cutout, no jitter, random flips for alternating ones, test batches of 100
 ours          the script
 ours in fp32  the script with --precision fp32, if it would use another precision
 limit         ours on one batch that lies on the device already, which no data path can beat

@@ -78,7 +78,7 @@ def lay_heap_on_huge_pages(libc: ctypes.CDLL) -> None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = min(8 << 30, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)  # r5's activations take 3 GiB
+    size = min(8 << 30, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)  # all of r5 takes up to 3 GiB
     if block := libc.malloc(size):  # None under a limit such as ulimit -v
         start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(start, block + size - start, mmap.MADV_HUGEPAGE)

@@ -9,8 +9,9 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum that orthogonalises the step of each convolution and keeps its weights' norm.
 
     Taken as a matrix with a row for each output channel, the step of a convolution gets singular values of about 1,
-    and the weights get the norm of a matrix whose rows have length 1. Parameters without four dimensions take a usual
-    step of SGD with Nesterov momentum (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
+    and the weights get the norm of a matrix whose rows have length 1 (Jordan et al., "Muon: An optimizer for hidden
+    layers in neural networks", 2024). Parameters without four dimensions take a usual step of SGD with Nesterov
+    momentum.
     """
 
     def __init__(

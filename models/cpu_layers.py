@@ -67,7 +67,7 @@ class SideBySide(torch.autograd.Function):
     oneDNN adds each image's gradient to the sum in memory. On small maps this takes longer than the multiplications.
     With 10 images in a row the sum is touched a tenth as often. On two cores of an Intel Xeon with AMX, a step of
     ResNet-18 in bf16 is up to 1.2 times as fast, and r5's 1.1 times (docs/speed.md). On two cores of an AMD EPYC
-    without AMX, r5's is 1.08 times as fast, and ResNet-18's is not faster (commit 7be169f).
+    without AMX, r5's is 1.08 times as fast, and r2's takes 1.09 times as long (commit 7be169f).
     """
 
     SIDE = 8  # pixels; larger maps have more multiplications for each image's sum

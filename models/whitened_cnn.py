@@ -39,8 +39,8 @@ class WhitenedCNN(nn.Module):
         """Set the first layer so that on these images 12 outputs have mean squares of about 1 and mean products of 0.
 
         The weights are the scaled eigenvectors of the patches' second moments. The other 12 outputs are the negatives.
-        If the network is mirrored, the moments are those of the patches and their mirror images. Then each filter's
-        mirror image is the filter itself or its negative. Those of the first kind come first, with their negatives.
+        If the network is mirrored, the moments include the patches' mirror images. Then each filter's mirror image is
+        the filter itself or its negative. Filters of the first kind come first, with their negatives.
         images: normalised, of shape (N, 3, H, W).
         """
         patches = F.unfold(images.float().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
@@ -54,7 +54,7 @@ class WhitenedCNN(nn.Module):
             eigenvalues -= 1e-6 * signs
         else:
             eigenvalues, eigenvectors = torch.linalg.eigh(moments)
-        scaled = eigenvectors / (eigenvalues + 5e-4).sqrt()  # 5e-4 limits those of weak directions
+        scaled = eigenvectors / (eigenvalues + 5e-4).sqrt()  # 5e-4 limits the filters of weak directions
         filters = scaled.T.reshape(12, 3, 2, 2)
         groups = [filters[signs > 0], filters[signs < 0]] if self.mirrored else [filters]
         self.whitening.weight.copy_(torch.cat([sign * group for group in groups for sign in (1, -1)]))
@@ -95,9 +95,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class MirroredBlock(nn.Module):
-    """A block whose outputs for an image's mirror image are those for the image, mirrored, with both halves swapped.
+    """A block that answers a mirrored image with mirrored outputs, in which both halves of the channels are swapped.
 
-    The halves are those of the channels. Of the inputs the first `symmetric` have no halves: they are mirrored only.
+    The first `symmetric` inputs have no halves: they are mirrored only.
     The pool takes three columns, so that it leaves out none of an odd map's, which would not be symmetric.
     """
 
