@@ -57,9 +57,9 @@ class Checkpoints:
         images = f"synthetic {data.tested_on}" if data.source == "synthetic" else data.tested_on
         self.records = Records(self.folder, images, train_loader.device, train_loader.dtype, args.tensorboard)
         self.last_is_whole = True  # whether last.pt is whole, as far as this run knows
-        self.network = describe_network(train_step.model, data, train_loader)
         self.script = describe_script()  # now, as the file may be edited during the run
         self.recipe = describe_recipe(args, data, train_loader, train_step, self.state.scheduler)
+        self.network = describe_network(train_step.model, data, train_loader) | {"fingerprint": self.recipe["data"]}
 
     def epochs_left(self) -> range:
         """Begin or resume the run, as the command line says, and return the epochs left, counted from 1.
@@ -124,6 +124,8 @@ class Checkpoints:
         checkpoint = read_checkpoint(path)
         if self.args.holdout and checkpoint.get("tested_on", "test") == "test":
             raise UserError(f"{path} was trained on the held-out images too; evaluate it without --holdout")
+        if self.args.holdout and checkpoint.get("fingerprint") != self.network["fingerprint"]:
+            raise UserError(f"{path} may have been trained on these held-out images; use the --data of its training")
         self.load_weights(path, checkpoint, self.NETWORK)
         print(f"evaluating {path}, epoch {checkpoint['epoch']}", flush=True)
         return checkpoint["epoch"]

@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -385,3 +386,10 @@ def test_holdout_tests_on_training_images(script, refused, tmp_path, folders):
     )
     line = refused(R1, "--data", folders, "--holdout", "--evaluate", "plain.pt")
     assert "plain.pt was trained on the held-out images too; evaluate it without --holdout" in line
+    for name in ("last.pt", "best.pt"):
+        evaluate = [R1, "--holdout", "--evaluate", folder / name, "--data"]
+        assert "on the held-out training images" in script(*evaluate, folders).stdout
+        copy = shutil.copytree(folders, tmp_path / name)  # with another order, so that other images are held out
+        (copy / "train/cat/0009.png").rename(copy / "train/cat/0031.png")
+        line = refused(*evaluate, copy)
+        assert f"{name} may have been trained on these held-out images; use the --data of its training" in line
