@@ -58,7 +58,7 @@ class Conv3x3(nn.Conv2d):
         taps = 3 * rows[:, None, :, None] + columns[None, :, None, :]  # (output rows, columns, input rows, columns)
         weight = weight.to(x.dtype).permute(0, 2, 3, 1).flatten(1, 2).index_select(1, taps.flatten())
         out = F.linear(x.permute(0, 2, 3, 1).flatten(1), weight.view(-1, taps[0, 0].numel() * channels))
-        return out.view(n, -1, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
+        return out.view(n, self.out_channels, *taps.shape[:2]).contiguous(memory_format=torch.channels_last)
 
 
 class SideBySide(torch.autograd.Function):

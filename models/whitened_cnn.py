@@ -54,6 +54,7 @@ class WhitenedCNN(nn.Module):
             eigenvalues -= 1e-6 * signs
         else:
             eigenvalues, eigenvectors = torch.linalg.eigh(moments)
+        eigenvalues.clamp_(min=0)  # rounding makes some negative, for example those of white images
         scaled = eigenvectors / (eigenvalues + 5e-4).sqrt()  # 5e-4 limits the filters of weak directions
         filters = scaled.T.reshape(12, 3, 2, 2)
         groups = [filters[signs > 0], filters[signs < 0]] if self.mirrored else [filters]

@@ -107,6 +107,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("harness/terminal.py", "        sys.stdout.flush()  # here", "        pass  # here", "test_bad_input.py", "at_the_end"),
     ("harness/command_line.py", "is_value = word in flags", "is_value = False", RECIPE, "resumes"),
     # checkpoints, folder, files, records
+    ("harness/checkpoints.py", 'checkpoint.get("fingerprint") != self.network["fingerprint"]', "False", "test_recipe.py", "holdout"),
     ("harness/checkpoints.py", "is_best = row is self.records.best_row()", "is_best = True", "test_resume.py", "best"),
     ("harness/checkpoints.py", "            self.restore_best(checkpoint)\n", "", "test_resume.py", "best"),
     ("harness/checkpoints.py", "        self.run_folder.check()\n        check_is_plain(self.state.settings())  # again",
@@ -157,6 +158,7 @@ MUTATIONS = [  # file, text, what it becomes, tests that ought to notice, a -k e
     ("models/whitened_cnn.py", "[symmetric, second, first]", "[symmetric, first, second]", "test_models.py", "mirror_images"),
     ("models/whitened_cnn.py", ".flip(5)", ".flip(4)", "test_models.py", "mirror_images or whitened_cnn"),
     ("models/whitened_cnn.py", "moments + 1e-6 * mirror", "moments", "test_models.py", "mirror_images"),
+    ("models/whitened_cnn.py", "        eigenvalues.clamp_(min=0)", "        #", "test_models.py", "white_images"),
     ("models/whitened_cnn.py", "unflatten(1, (2, -1))", "unflatten(1, (-1, 2))", "test_models.py", "mirror_images"),
     ("models/whitened_cnn.py", "super().__init__(channels // 2)", "super().__init__(channels)", "test_models.py", "mirror_images"),
     ("models/resnet.py", "stride=1, padding=1", "stride=2, padding=1", "test_models.py", ""),

@@ -62,6 +62,11 @@ def test_a_network_can_be_compiled(network):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("network", [ResNet18, WhitenedCNN])
+def test_no_images_have_no_logits(network):
+    assert network().eval()(torch.empty(0, 3, 32, 32)).shape == (0, 10)
+
+
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv3x3_is_torchs(side, stride):
@@ -159,6 +164,14 @@ def test_whitened_cnn(mirrored):
     outputs = torch.nn.functional.conv2d(images, torch.cat(filters[::2])).permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.01, rtol=0)
     assert not model.whitening.weight.requires_grad
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_white_images_are_whitened(mirrored):
+    """Their moments are large and have eigenvalues of 0, some of which rounding makes negative."""
+    model, images = WhitenedCNN(mirrored=mirrored), torch.ones(500, 3, 32, 32)
+    model.whiten(images * torch.tensor([2.51, 2.6, 2.76])[:, None, None])
+    assert model.whitening.weight.abs().max() <= 1.001 * 5e-4**-0.5  # False for NaN
 
 
 @pytest.mark.parametrize("training", [True, False])
