@@ -177,7 +177,8 @@ def main() -> None:
     classes = ", ".join(classifier.classes) + " (synthetic images)" * (classifier.data == "synthetic")
     if args.export:
         export(classifier, args.export)
-        print(f"{args.export} takes images, uint8 of shape (N, 3, 32, 32), and returns probabilities of {classes}")
+        takes = f"{args.export} takes images, uint8 of shape (N, 3, 32, 32), and returns probabilities of {classes}"
+        print(escape_unprintable(takes))
         return
     network = {
         "checkpoint": str(args.checkpoint),
@@ -189,10 +190,8 @@ def main() -> None:
         "test_accuracy": classifier.accuracy,
     }
     if not args.json:
-        print(
-            f"{args.checkpoint}: {classifier.model}, epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the "
-            f"{classifier.tested_on} images right; trained on {classes}"
-        )
+        known = f"epoch {classifier.epoch}, {classifier.accuracy:.1f} % of the {classifier.tested_on} images right"
+        print(escape_unprintable(f"{args.checkpoint}: {classifier.model}, {known}; trained on {classes}"))
     paths = []
     for given in args.pictures:
         paths += find_images(given, skip_links=True) if given.is_dir() else [given]

@@ -47,13 +47,13 @@ def test_pictures_and_folders(script, tmp_path, trained):
 
 
 def test_three_classes_are_shown_and_synthetic_images_are_said(script, tmp_path):
-    network, classes = TutorialCNN(4), ["bars", "columns", "cross", "diamond"]
+    network, classes = TutorialCNN(4), ["bars", "columns", "cr\noss", "diamond"]
     checkpoint = {"model": "TutorialCNN", "arguments": network.arguments, "weights": network.state_dict(), "epoch": 1}
     checkpoint |= {"classes": classes, "data": "synthetic", "accuracy": 50.0, "mean": [0.5] * 3, "std": [0.5] * 3}
     torch.save(checkpoint, tmp_path / "best.pt")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     first, second = script("predict.py", "a.png", "--checkpoint", "best.pt").stdout.splitlines()
-    assert first.endswith("; trained on bars, columns, cross, diamond (synthetic images)")
+    assert first.endswith("; trained on bars, columns, cr\\noss, diamond (synthetic images)")
     assert second.count("%") == 3
 
 
