@@ -103,7 +103,7 @@ def moments_of_images(dataset: Dataset | torch.Tensor) -> tuple[torch.Tensor, to
             except (TypeError, ValueError) as error:  # such as 16 bits in another computer's byte order
                 raise UserError(f"image {i} cannot be read as a tensor: {error}") from None
         check_image(i, image)
-        image = to_dtype(image, torch.double, scale=True).flatten(1)
+        image = to_dtype(image.cpu(), torch.double, scale=True).flatten(1)
         if means and len(image) != len(means[0]):
             raise UserError(f"image {i} has {len(image)} channels, the images before it have {len(means[0])}")
         if not image.isfinite().all():

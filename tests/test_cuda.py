@@ -15,6 +15,7 @@ from harness.data import load_data
 from harness.devices import DTYPES
 from harness.loader import Loader
 from harness.training import Meter
+from mean_and_std import get_mean_and_std
 from models import MobileNetV2, ResNet18, WhitenedCNN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -143,6 +144,12 @@ def test_the_other_commands(script, tmp_path, folders):
     (run / "confusion.png").unlink()
     script("plot.py", run, "--data", folders, "--device", "cuda")
     assert (run / "confusion.png").exists()
+
+
+def test_statistics_of_images_on_the_gpu():
+    images = torch.rand(8, 3, 32, 32)
+    for dataset in (images, (255 * images).byte()):
+        torch.testing.assert_close(get_mean_and_std(dataset.cuda()), get_mean_and_std(dataset))
 
 
 @pytest.mark.long
