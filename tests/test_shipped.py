@@ -52,7 +52,7 @@ def test_each_network_has_its_accuracy(name, cifar10_data):
     classifier, data = predict.load_classifier(name), cifar10_data
     batches = zip(data.test_images.split(25), data.test_labels.split(25), strict=True)  # faster on one core than 100
     right = sum((classifier(images).argmax(1) == labels).sum().item() for images, labels in batches)
-    assert 100 * right / len(data.test_labels) == pytest.approx(classifier.accuracy, abs=0.1)
+    assert 100 * right / len(data.test_labels) == pytest.approx(classifier.accuracy, abs=0.05)
 
 
 def test_a_script_evaluates_a_shipped_network(script, tmp_path):
